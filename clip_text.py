@@ -1,0 +1,174 @@
+"""Caption -> tokens -> features: CLIP's tokenizer and text tower.
+
+    "two red circles"  ->  [49406, 1237, 736, 14040, 49407, 49407, ...]  ->  features (B, 77, E), pooled (B, projection)
+       any text             77 token ids, start 49406, end 49407
+
+The tokenizer is OpenAI's byte-pair encoding. Clean the text, split it into words with one pattern, spell every word in
+bytes (each shown as a printable character), then merge neighbours: always the pair that stands first in a table of 48,894
+merges. A token id is a place in a list: 256 bytes, the same bytes at the end of a word, the 48,894 merges, start, end.
+Padding is the end token, as in the tokenizer that U-ViT and Stable Diffusion use; a caption that is too long is truncated
+and keeps its end token.
+
+The tower is a transformer with a causal mask. U-ViT and the paper condition on its features after the final layer norm, at
+all 77 positions; the pooled feature (at the end token, projected) is what the CLIP score compares with an image's.
+
+`random_clip_text` is the stand-in for the shapes dataset: the same class, small, randomly initialised, never trained.
+
+[CLIP] arXiv 2103.00020. assets/bpe_simple_vocab_16e6.txt.gz is OpenAI's merge table (MIT), as shipped by open_clip_torch.
+"""
+import gzip
+import hashlib
+import html
+import itertools
+from collections import OrderedDict
+from functools import cache
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+import torch.nn as nn
+
+CONTEXT_LEN = 77            # L, tokens of a caption, start and end included
+VOCABULARY = 49408
+START, END = 49406, 49407
+MERGES = Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
+MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+
+
+# ---- 1. tokenizer ----
+
+# The special tokens, English contractions, runs of letters, single digits, runs of anything else.
+WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+                     regex.IGNORECASE)
+
+
+def byte_characters() -> dict[int, str]:
+    """A printable character for each of the 256 bytes, in the order of the vocabulary."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+@cache
+def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """(token -> id, pair -> rank among the merges)."""
+    table = MERGES.read_bytes()
+    if hashlib.sha256(table).hexdigest() != MERGES_SHA256:
+        raise RuntimeError(f"{MERGES} is damaged: its SHA-256 is not {MERGES_SHA256}. Restore it from the repository.")
+    lines = gzip.decompress(table).decode().split("\n")[1:VOCABULARY - 512 - 2 + 1]     # line 0 is a header
+    merges = [tuple(line.split()) for line in lines]
+    characters = list(byte_characters().values())
+    tokens = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, {pair: i for i, pair in enumerate(merges)}
+
+
+@cache
+def encode_word(word: str) -> list[int]:
+    """The token ids of one word: merge neighbours, the pair of the lowest rank first, until no pair is in the table."""
+    ids, ranks = vocabulary()
+    if word in ("<|startoftext|>", "<|endoftext|>"):
+        return [ids[word]]
+    characters = byte_characters()
+    parts = [characters[byte] for byte in word.encode()]
+    parts[-1] += "</w>"
+    while len(parts) > 1:
+        best = min(itertools.pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
+        if best not in ranks:
+            break
+        merged, i = [], 0
+        while i < len(parts):                                       # merge all occurrences, from left to right
+            width = 2 if tuple(parts[i:i + 2]) == best else 1
+            merged.append("".join(parts[i:i + width]))
+            i += width
+        parts = merged
+    return [ids[part] for part in parts]
+
+
+def encode(caption: str) -> list[int]:
+    """Token ids of a caption, without start and end, of any length."""
+    text = html.unescape(html.unescape(ftfy.fix_text(caption)))
+    text = regex.sub(r"\s+", " ", text).strip().lower()
+    return [i for word in WORD.findall(text) for i in encode_word(word)]
+
+
+def tokenize(captions: list[str], length: int = CONTEXT_LEN) -> torch.Tensor:
+    """Captions -> (B, length) int64, padded with the end token; too long ones keep it as their last (see `count_truncated`)."""
+    rows = []
+    for caption in captions:
+        ids = [START, *encode(caption)][:length - 1] + [END]
+        rows.append(ids + [END] * (length - len(ids)))
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(captions), length)
+
+
+def count_truncated(captions: list[str], length: int = CONTEXT_LEN) -> int:
+    """How many of the captions `tokenize` cuts short."""
+    return sum(len(encode(caption)) + 2 > length for caption in captions)
+
+
+# ---- 2. text tower ----
+
+class QuickGELU(nn.Module):
+    """CLIP was trained with this approximation; the exact GELU gives other features from the same weights."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class CLIPBlock(nn.Module):
+    """The pre-norm transformer block of both towers, with OpenAI's parameter names."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(),
+                                             c_proj=nn.Linear(4 * width, width)))
+
+    def forward(self, x, mask=None):                                # (B, L, width), (L, L) or None
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class CLIPTransformer(nn.Module):
+    def __init__(self, width, layers, heads):
+        super().__init__()
+        self.resblocks = nn.ModuleList(CLIPBlock(width, heads) for _ in range(layers))
+
+    def forward(self, x, mask=None):
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class CLIPText(nn.Module):
+    """The text tower. ViT-L/14's, the paper's, is CLIPText(width=768, layers=12, heads=12, projection=768)."""
+
+    def __init__(self, width: int, layers: int, heads: int, projection: int, context_len: int = CONTEXT_LEN):
+        super().__init__()
+        self.token_embedding = nn.Embedding(VOCABULARY, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_len, width))
+        self.transformer = CLIPTransformer(width, layers, heads)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, projection))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        mask = torch.full((context_len, context_len), float("-inf")).triu(1)
+        self.register_buffer("mask", mask, persistent=False)        # causal: a token sees itself and those before it
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, L) -> features (B, L, width) after the final layer norm, and pooled (B, projection)."""
+        L = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.positional_embedding[:L]            # (B, L, width)
+        x = self.ln_final(self.transformer(x, self.mask[:L, :L]))
+        end = tokens.argmax(dim=-1)                                 # the first end token: it has the highest id
+        return x, x[torch.arange(len(x)), end] @ self.text_projection
+
+
+def random_clip_text(seed: int, context_len: int) -> CLIPText:
+    """A small text tower with random weights that are a function of `seed`: the stand-in for the shapes dataset."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIPText(width=64, layers=2, heads=2, projection=64, context_len=context_len).eval().requires_grad_(False)
