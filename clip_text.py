@@ -12,7 +12,8 @@ and keeps its end token.
 The tower is a transformer with a causal mask. U-ViT and the paper condition on its features after the final layer norm, at
 all 77 positions; the pooled feature (at the end token, projected) is what the CLIP score compares with an image's.
 
-`random_clip_text` is the stand-in for the shapes dataset: the same class, small, randomly initialised, never trained.
+Its architecture is read off the weights, in OpenAI's own files or Hugging Face's. `random_clip_text` is the stand-in for the
+shapes dataset: the same class, small, randomly initialised, never trained.
 
 [CLIP] arXiv 2103.00020. assets/bpe_simple_vocab_16e6.txt.gz is OpenAI's merge table (MIT), as shipped by open_clip_torch.
 """
@@ -28,6 +29,8 @@ import ftfy
 import regex
 import torch
 import torch.nn as nn
+
+from model import UserError, load_strictly, read_weights
 
 CONTEXT_LEN = 77            # L, tokens of a caption, start and end included
 VOCABULARY = 49408
@@ -88,8 +91,7 @@ def encode_word(word: str) -> list[int]:
 
 def encode(caption: str) -> list[int]:
     """Token ids of a caption, without start and end, of any length."""
-    text = html.unescape(html.unescape(ftfy.fix_text(caption)))
-    text = regex.sub(r"\s+", " ", text).strip().lower()
+    text = html.unescape(html.unescape(ftfy.fix_text(caption))).lower()
     return [i for word in WORD.findall(text) for i in encode_word(word)]
 
 
@@ -147,14 +149,14 @@ class CLIPTransformer(nn.Module):
 class CLIPText(nn.Module):
     """The text tower. ViT-L/14's, the paper's, is CLIPText(width=768, layers=12, heads=12, projection=768)."""
 
-    def __init__(self, width: int, layers: int, heads: int, projection: int, context_len: int = CONTEXT_LEN):
+    def __init__(self, width: int, layers: int, heads: int, projection: int, context_len: int = CONTEXT_LEN,
+                 vocabulary_size: int = VOCABULARY):
         super().__init__()
-        self.token_embedding = nn.Embedding(VOCABULARY, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_len, width))
+        self.token_embedding = nn.Embedding(vocabulary_size, width)
+        self.positional_embedding = nn.Parameter(torch.zeros(context_len, width))
         self.transformer = CLIPTransformer(width, layers, heads)
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, projection))
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self.text_projection = nn.Parameter(torch.zeros(width, projection))
         mask = torch.full((context_len, context_len), float("-inf")).triu(1)
         self.register_buffer("mask", mask, persistent=False)        # causal: a token sees itself and those before it
 
@@ -168,7 +170,115 @@ class CLIPText(nn.Module):
 
 
 def random_clip_text(seed: int, context_len: int) -> CLIPText:
-    """A small text tower with random weights that are a function of `seed`: the stand-in for the shapes dataset."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return CLIPText(width=64, layers=2, heads=2, projection=64, context_len=context_len).eval().requires_grad_(False)
+    """A small text tower with random weights that are a function of `seed`: the stand-in for the shapes dataset.
+
+    Embeddings outweigh what the untrained blocks add, so that a feature still tells its own word from others. The same bits on
+    every machine: torch's normal numbers differ between kinds of CPU, but its uniform ones have 24 bits, and a range of a power
+    of two rounds none of them away.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):                         # torch's layers draw from the global generator
+        tower = CLIPText(width=64, layers=2, heads=2, projection=64, context_len=context_len)
+    for name, parameter in tower.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:                                   # the weights of layer norms are 1
+            bound = {"token_embedding.weight": 2, "positional_embedding": 1}.get(name, 1 / 8)
+            nn.init.uniform_(parameter, -bound, bound, generator)
+    return tower.eval().requires_grad_(False)
+
+
+# ---- 3. weight files ----
+
+RENAMED = {                                 # parts of Hugging Face's names -> OpenAI's, replaced in this order
+    "text_model.embeddings.position_embedding.weight": "positional_embedding", "text_model.embeddings.": "",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_model.final_layer_norm.": "ln_final.",
+    "text_projection.weight": "text_projection",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.embeddings.patch_embedding.": "visual.conv1.", "vision_model.embeddings.": "visual.",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",                 # the typo is in the files
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+    "vision_model.post_layernorm.": "visual.ln_post.",
+    "visual_projection.weight": "visual.proj",
+    ".layer_norm1.": ".ln_1.", ".layer_norm2.": ".ln_2.", ".self_attn.": ".attn.",
+    ".mlp.fc1.": ".mlp.c_fc.", ".mlp.fc2.": ".mlp.c_proj."}
+NOT_WEIGHTS = ("position_ids", "input_resolution", "context_length", "vocab_size", "logit_scale")
+
+
+def openai_names(state: dict) -> dict:
+    """Both towers of a CLIP state dict in Hugging Face's layout -> OpenAI's, which passes unchanged; only weights are kept."""
+    named = {}
+    for key, tensor in state.items():
+        name = key
+        for theirs, ours in RENAMED.items():
+            name = name.replace(theirs, ours)
+        named[name] = tensor.T if key in ("text_projection.weight", "visual_projection.weight") else tensor
+    for query in [name for name in named if ".attn.q_proj." in name]:
+        parts = [query.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+        if all(part in named for part in parts):
+            named[query.replace("q_proj.", "in_proj_")] = torch.cat([named.pop(part) for part in parts])
+    return {name: tensor for name, tensor in named.items() if name.split(".")[-1] not in NOT_WEIGHTS}
+
+
+def read_tower(path: str | Path, tower: str, needed: list[str]) -> tuple[dict, dict]:
+    """The "text" or "image" tower of a CLIP weight file, with OpenAI's names, and {width, layers, heads} of its transformer.
+
+    Raises UserError if one of the `needed` weights, off which sizes are read, is not there.
+    """
+    state = {name.removeprefix("visual."): tensor for name, tensor in openai_names(read_weights(path)).items()
+             if name.startswith("visual.") == (tower == "image")}
+    for name in needed:
+        if name not in state:
+            raise UserError(f"{path} holds no CLIP {tower} tower: there is no {name}. Expected OpenAI's archive "
+                            "(ViT-L-14.pt) or Hugging Face's pytorch_model.bin.")
+    width = state["positional_embedding"].shape[1]
+    if width % 64:
+        raise UserError(f"{path}: its {tower} tower has width {width}; expected a multiple of 64, the width of a CLIP head.")
+    layers = len({name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")})
+    return state, {"width": width, "layers": layers, "heads": width // 64}
+
+
+def load_clip_text(path: str | Path) -> CLIPText:
+    """The text tower of OpenAI's archive or Hugging Face's pytorch_model.bin, of any size, in float32; raises UserError.
+
+    A file of the text tower alone (Stable Diffusion's) has no projection: pooled is then (B, 0). The weights do not say which
+    GELU they were trained with: those of other CLIPs (LAION's) can have OpenAI's names, and would give wrong features.
+    """
+    state, sizes = read_tower(path, "text", ["token_embedding.weight", "positional_embedding"])
+    state.setdefault("text_projection", torch.empty(sizes["width"], 0))
+    net = CLIPText(**sizes, projection=state["text_projection"].shape[1], context_len=len(state["positional_embedding"]),
+                   vocabulary_size=len(state["token_embedding.weight"]))
+    return load_strictly(net, state, path).eval().requires_grad_(False)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256 over the names and the float32 values of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_text_tower(description: dict, folder: str | Path) -> CLIPText:
+    """The very text tower that a data cache or a checkpoint was made with; raises UserError if there is only another one.
+
+    `description` is meta["text_tower"]: {"kind": "random", "seed", "context_len", "sha256"}, which is drawn anew, or
+    {"kind": "clip", "file", "sha256"}, a file in `folder`; a "sha256" of None is not checked.
+    """
+    expected = description.get("sha256")
+    if description["kind"] == "random":
+        tower = random_clip_text(description["seed"], description["context_len"])
+        if weights_sha256(tower) != expected:
+            raise UserError(f"torch {torch.__version__} draws other random numbers for the text tower than the torch that the "
+                            "cache or checkpoint was made with; install the version in requirements.txt.")
+        return tower
+    path = Path(folder) / description["file"]
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file, and the captions were encoded with it; put it into {folder}/.")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected not in (None, found):
+        raise UserError(f"{path} is not the file that the captions were encoded with: its SHA-256 is {found[:8]}..., "
+                        f"expected {expected[:8]}...; put that one there.")
+    return load_clip_text(path)

@@ -99,6 +99,28 @@ def run(main, Config: type):
         sys.exit(f"error: {error}")
 
 
+def choose_device() -> torch.device:
+    """The fastest device of this machine."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_precision(device: torch.device) -> torch.dtype:
+    """The fastest safe type for matrix products: bfloat16 where the device computes in it, float16 on older CUDA, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():     # measured: 2 times faster with it, slower without
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype | None = None):
+    """Matrix products in `precision` (default: `choose_precision`); norms, softmax, residuals and weights stay float32."""
+    precision = precision or choose_precision(device)
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
 # ---- 2. noise schedule ----
 
 def noise_schedule() -> torch.Tensor:
@@ -259,7 +281,7 @@ class UViTConfig:
 class UViT(nn.Module):
     """U-ViT [U-ViT] with a window of blocks that see the text [IF]."""
 
-    def __init__(self, config: UViTConfig):
+    def __init__(self, config: UViTConfig, init_std: float = 0.02):
         super().__init__()
         self.config = config
         D, P, C, heads = config.width, config.patch_size, config.channels, config.heads
@@ -273,16 +295,12 @@ class UViT(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.decoder_pred = nn.Linear(D, P * P * C)
         self.final_layer = nn.Conv2d(C, C, kernel_size=3, padding=1)
-        self.apply(self.initialise)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02, a=-2, b=2)
-
-    @staticmethod
-    def initialise(module):
-        """[U-ViT]: linear weights normal(0.02), biases 0; the two convolutions keep torch's own initialisation."""
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02, a=-2, b=2)                # [U-ViT]: at width 512 all are 0.02;
+        for module in self.modules():                                             # convolutions keep torch's own
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=init_std, a=-2, b=2)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def positions(self):
         """The learned positions of (time, text, image); the official file keeps them in this order."""
@@ -404,7 +422,7 @@ def read_weights(path: str | Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} ({path.stat().st_size:,} bytes) can't be read as weights: it is damaged, incomplete or of "
-                        f"another format ({str(error).splitlines()[0]}).") from None
+                        f"another format ({(str(error) or type(error).__name__).splitlines()[0]}).") from None
 
 
 def load_strictly(module: nn.Module, state: dict, path: str | Path) -> nn.Module:
@@ -447,7 +465,8 @@ def describe_official(state: dict) -> dict:
     config = UViTConfig("early", "concat", depth=depth, image_size=math.isqrt(image_tokens) * patch_size,
                         channels=channels, patch_size=patch_size, width=width, heads=width // 64,
                         context_len=context_len, context_dim=context_dim)
-    meta = {"dataset": "coco", "image_size": 8 * config.image_size, "autoencoder": {"kind": "kl"}, "text_tower": {"kind": "clip"}}
+    meta = {"dataset": "coco", "image_size": 8 * config.image_size, "autoencoder": {"kind": "kl", "file": "autoencoder_kl.pth"},
+            "text_tower": {"kind": "clip", "file": "ViT-L-14.pt"}}
     return {"uvit": config, "ema": state, "step": 1_000_000, "null_context": None, "meta": meta,
             "latent_scale": 0.23010}        # U-ViT's configuration; its own sampler decodes with 0.18215 by mistake
 

@@ -1,7 +1,39 @@
-"""Image <-> latent.  (KL autoencoder to come above this.)"""
-import numpy as np
+"""Image <-> latent: the autoencoder that makes pictures small enough for a transformer.
+
+    image  --to_unit-->   x in [-1, 1]     --encode-->  moments        --sample_latent-->  latent z
+    uint8 (B, 3, H, W)    (B, 3, H, W)                  (B, 2C, h, w)                      (B, C, h, w)
+    image  <--to_uint8--  x about [-1, 1]  <-------------------- decode ---------------------+
+
+Moments are the mean and log-variance of a normal distribution over latents: z = mean + std * noise. A
+data cache holds moments, so that a picture has another latent each time it is seen. The diffusion model
+works on latent_scale * z, of variance about 1; callers apply that factor, `decode` takes z without it.
+
+`KLAutoencoder` is the one of U-ViT and the paper: the "f8" of latent diffusion [LDM], C = 4, h = H/8,
+w = W/8. The encoder halves a picture three times, the decoder doubles it three times, and each attends
+over all places once, at the lowest resolution. It isn't trained here: `load_vae` reads public weights
+in any of their key layouts. Parameters have the names that its authors, CompVis, gave them.
+
+`LinearAutoencoder` is the stand-in of the shapes dataset, which needs no download: the principal
+components of 4x4 patches, C = 16, h = H/4, w = W/4, behind the same `encode` and `decode`.
+
+Four parts: 1 pixels, moments, latents, 2 KL autoencoder, 3 linear autoencoder, 4 loading.
+[LDM] arXiv 2112.10752
+"""
+import functools
+import hashlib
+import re
+from collections import OrderedDict
+from pathlib import Path
+
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+
+from model import UserError, load_strictly, read_weights
+
+CHUNK = 8           # images at a time: at 256x256 the KL decoder needs about 0.3 GB for each
+GROUPS = 32         # of every group norm; numbers of channels are multiples of it
+LATENT = 4          # C of the KL autoencoder
 
 
 # ---- 1. pixels, moments, latents ----
@@ -17,47 +49,233 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 
 def sample_latent(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """mean + std * noise: moments (B, 2C, h, w) are mean and log-variance, noise (B, C, h, w) is standard normal [LDM]."""
+    """Moments (B, 2C, h, w), standard normal noise (B, C, h, w) -> latent (B, C, h, w) [LDM]."""
     mean, logvar = moments.chunk(2, dim=1)
     return mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
 
 
-# ---- 2. linear autoencoder ----
+def in_float32(function):
+    """Run `encode` or `decode` in float32 even inside autocast, CHUNK images at a time, without gradients.
+
+    In float16 the KL autoencoder overflows and pictures come out black; TF32, with the range of float32,
+    does no harm. Raises FloatingPointError if NaN or infinity comes out.
+    """
+    @functools.wraps(function)
+    @torch.no_grad()
+    def wrapped(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            y = torch.cat([function(self, part.float()) for part in x.split(CHUNK)])
+        if not y.isfinite().all():
+            why = "its input has none, so its weights are bad" if x.isfinite().all() else "so has its input"
+            raise FloatingPointError(f"The output of {function.__qualname__} has NaN or infinity; {why}.")
+        return y
+    return wrapped
+
+
+# ---- 2. KL autoencoder ----
+
+def group_norm(width):
+    return nn.GroupNorm(GROUPS, width, eps=1e-6)                # torch's own eps is 1e-5
+
+
+def conv(before, after):
+    return nn.Conv2d(before, after, kernel_size=3, padding=1)
+
+
+class ResnetBlock(nn.Module):
+    """x + two convolutions of it; x goes through a third, 1x1, if the number of channels changes."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(before), conv(before, after)
+        self.norm2, self.conv2 = group_norm(after), conv(after, after)
+        self.nin_shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+
+    def forward(self, x):                                       # (B, before, h, w)
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.nin_shortcut(x) + y                         # (B, after, h, w)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention among all h*w places, with a single head; 1x1 convolutions are its linear layers."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = group_norm(width)
+        self.q, self.k, self.v, self.proj_out = [nn.Conv2d(width, width, 1) for _ in range(4)]
+
+    def forward(self, x):                                       # (B, width, h, w)
+        y = self.norm(x)
+        q, k, v = [layer(y).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v)]
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]       # (B, 1, h*w, width) -> (B, h*w, width)
+        return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
+
+
+def chain(**layers):
+    """Layers that run in the order in which they are written here, under CompVis's names."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+def resnets(before, after, blocks):
+    return nn.Sequential(*[ResnetBlock(before if i == 0 else after, after) for i in range(blocks)])
+
+
+def middle(width):
+    return chain(block_1=ResnetBlock(width, width), attn_1=AttentionBlock(width),
+                 block_2=ResnetBlock(width, width))
+
+
+class KLAutoencoder(nn.Module):
+    """The f8 autoencoder [LDM]. The defaults are the real one's: 83,653,863 parameters."""
+
+    def __init__(self, channels: int = 128, multipliers: tuple[int, ...] = (1, 2, 4, 4), blocks: int = 2):
+        super().__init__()
+        widths = [channels * multiplier for multiplier in multipliers]  # of the levels, the picture's first
+        last, down, up = len(widths) - 1, {}, {}
+        for i, width in enumerate(widths):
+            down[str(i)] = chain(block=resnets(widths[i - 1] if i > 0 else channels, width, blocks))
+            up[str(i)] = chain(block=resnets(widths[min(i + 1, last)], width, blocks + 1))
+            if i < last:                                        # [LDM] pads only at the right and the bottom
+                down[str(i)].downsample = chain(pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                                                conv=nn.Conv2d(width, width, 3, stride=2))
+            if i > 0:
+                up[str(i)].upsample = chain(repeat=nn.Upsample(scale_factor=2), conv=conv(width, width))
+        up = dict(reversed(up.items()))                         # runs from the deepest level to level 0
+        self.encoder = chain(conv_in=conv(3, channels), down=chain(**down), mid=middle(width),
+                             norm_out=group_norm(width), silu=nn.SiLU(), conv_out=conv(width, 2 * LATENT))
+        self.quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1)
+        self.post_quant_conv = nn.Conv2d(LATENT, LATENT, 1)
+        self.decoder = chain(conv_in=conv(LATENT, width), mid=middle(width), up=chain(**up),
+                             norm_out=group_norm(widths[0]), silu=nn.SiLU(), conv_out=conv(widths[0], 3))
+
+    @in_float32
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> moments (B, 8, H/8, W/8). At 256x256: 136 G multiply-adds."""
+        return self.quant_conv(self.encoder(x))
+
+    @in_float32
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latent (B, 4, h, w) -> (B, 3, 8h, 8w), about [-1, 1]. To 256x256: 311 G multiply-adds."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+# ---- 3. linear autoencoder ----
 
 class LinearAutoencoder(nn.Module):
-    """The shapes dataset's stand-in for the KL autoencoder: principal components of 4x4 RGB patches, in closed form.
+    """Principal components of 4x4 RGB patches, in closed form: the best linear code of 16 numbers each."""
 
-    It has the same `encode` and `decode`; a latent (B, 16, H/4, W/4) holds each patch's 16 leading components.
-    """
     PATCH, CHANNELS = 4, 16
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(3 * self.PATCH ** 2))
-        self.register_buffer("components", torch.zeros(self.CHANNELS, 3 * self.PATCH ** 2))    # orthonormal rows
+        numbers = 3 * self.PATCH ** 2
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("components", torch.zeros(self.CHANNELS, numbers))     # orthonormal rows
 
-    def fit(self, x: torch.Tensor):
+    def fit(self, x: torch.Tensor) -> "LinearAutoencoder":
         """Principal components of the patches of x (M, 3, H, W) in [-1, 1]."""
-        patches = self.cut(x).reshape(-1, len(self.mean)).double()
+        patches = self.cut(x).flatten(0, 2).double()            # (M*h*w, 48)
         self.mean.copy_(patches.mean(0))
-        _, vectors = torch.linalg.eigh((patches - patches.mean(0)).T.cov())                     # ascending
+        _, vectors = torch.linalg.eigh(patches.T.cov())         # in columns, by ascending eigenvalue
         components = vectors.T.flip(0)[:self.CHANNELS]
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-        self.components.copy_(components * largest.sign())          # an eigenvector's sign is arbitrary: fix it
+        self.components.copy_(components * largest.sign())      # an eigenvector's sign is arbitrary: fix it
         return self
 
-    def cut(self, x):
-        """(B, 3, H, W) -> patches (B, H/4, W/4, 48)."""
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> patches (B, H/4, W/4, 48), each in the order (channel, row, column)."""
         P = self.PATCH
         return x.unfold(2, P, P).unfold(3, P, P).permute(0, 2, 3, 1, 4, 5).flatten(3)
 
+    @in_float32
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> moments (B, 32, H/4, W/4), whose log-variance is the smallest: nothing to sample."""
-        mean = ((self.cut(x) - self.mean) @ self.components.T).permute(0, 3, 1, 2)
+        """(B, 3, H, W) in [-1, 1] -> moments (B, 32, H/4, W/4) of the least log-variance: no noise."""
+        mean = ((self.cut(x) - self.mean) @ self.components.T).permute(0, 3, 1, 2)      # (B, 16, h, w)
         return torch.cat([mean, torch.full_like(mean, -30)], dim=1)
 
+    @in_float32
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """(B, 16, h, w) -> (B, 3, 4h, 4w), about [-1, 1]."""
-        patches = z.permute(0, 2, 3, 1) @ self.components + self.mean                           # (B, h, w, 48)
-        x = patches.unflatten(3, (3, self.PATCH, self.PATCH)).permute(0, 3, 1, 4, 2, 5)         # (B, 3, h, P, w, P)
-        return x.flatten(2, 3).flatten(3, 4)
+        """Latent (B, 16, h, w) -> (B, 3, 4h, 4w), about [-1, 1]."""
+        patches = z.permute(0, 2, 3, 1) @ self.components + self.mean                   # (B, h, w, 48)
+        patches = patches.unflatten(3, (3, self.PATCH, self.PATCH))                     # (B, h, w, 3, P, P)
+        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)            # (B, 3, h*P, w*P)
+
+
+# ---- 4. loading ----
+
+COMPVIS = {                                 # diffusers -> CompVis; old files say query, key, value, proj_attn
+    r"mid_block\.resnets\.0": "mid.block_1",
+    r"mid_block\.resnets\.1": "mid.block_2",
+    r"mid_block\.attentions\.0": "mid.attn_1",
+    r"attn_1\.group_norm": "attn_1.norm",
+    r"attn_1\.(?:to_q|query)": "attn_1.q",
+    r"attn_1\.(?:to_k|key)": "attn_1.k",
+    r"attn_1\.(?:to_v|value)": "attn_1.v",
+    r"attn_1\.(?:to_out\.0|proj_attn)": "attn_1.proj_out",
+    r"down_blocks": "down",
+    r"(down|up)samplers\.0": r"\1sample",
+    r"resnets": "block",
+    r"conv_shortcut": "nin_shortcut",
+    r"conv_norm_out": "norm_out",
+}
+
+
+def rename_to_compvis(state: dict) -> dict:
+    """A state dict in either of diffusers' layouts, in CompVis's; one that is in CompVis's stays as it is."""
+    levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")})
+    renamed = {}
+    for key, value in state.items():            # diffusers counts the decoder's levels the other way round
+        key = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", key)
+        for diffusers, compvis in COMPVIS.items():
+            key = re.sub(diffusers, compvis, key)
+        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", key):
+            value = value.reshape(value.shape + (1,) * (4 - value.ndim))        # a matrix: a 1x1 convolution
+        renamed[key] = value
+    return renamed
+
+
+def load_vae(path: str | Path) -> KLAutoencoder:
+    """The KL autoencoder in a weight file, in float32 and evaluation mode; its size is read off the weights.
+
+    Its keys may be CompVis's or diffusers', bare, in a "state_dict", or in a whole Stable Diffusion, whose
+    rest is left out; so is the discriminator (`loss.`) of its training. Raises UserError for other files.
+    """
+    state = read_weights(path)
+    state = state.get("state_dict", state)
+    first_keys = ", ".join(map(str, list(state)[:5]))
+    for prefix in ("first_stage_model.", "vae."):
+        if any(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+    state = rename_to_compvis({key: state[key] for key in state if not key.startswith("loss.")})
+
+    first = re.compile(r"encoder\.(conv_in|down\.\d\.block\.0\.conv1)\.weight")
+    channels, *widths = [len(state[key]) for key in sorted(state) if first.fullmatch(key)] or [0]
+    if len(widths) != 4 or channels % GROUPS or any(width % channels for width in widths):
+        raise UserError(f"{path} holds no f8 KL autoencoder: expected encoder.*, decoder.*, quant_conv.* and "
+                        f"post_quant_conv.*, perhaps after first_stage_model. or vae., and four levels with "
+                        f"multiples of {GROUPS} channels; its first keys are {first_keys}.")
+    blocks = sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key)) for key in state)
+    vae = KLAutoencoder(channels, tuple(width // channels for width in widths), blocks)
+    return load_strictly(vae, state, path).eval().requires_grad_(False)
+
+
+def load_autoencoder(description: dict, state: dict | None, folder: str | Path) -> nn.Module:
+    """The autoencoder of a data cache or a checkpoint, from its meta["autoencoder"], the `description`.
+
+    {"kind": "linear"}: made of `state`. {"kind": "kl", "file": name, "sha256": digest}: read from that file
+    in `folder`; a digest, if given, must be the file's. Raises UserError if it is not, or there is no file.
+    """
+    if description["kind"] == "linear":
+        return load_strictly(LinearAutoencoder(), state, "the stored state").eval()
+    path, expected = Path(folder) / description["file"], description.get("sha256")
+    if not path.is_file():
+        digest = f" (SHA-256 {expected})" if expected else ""
+        raise UserError(f"{path} is missing, the autoencoder that the data was encoded with: "
+                        f"fetch {path.name}{digest} and put it into {path.parent}.")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected not in (None, found):
+        raise UserError(f"{path} has SHA-256 {found}, but the data was encoded with the autoencoder "
+                        f"of SHA-256 {expected}: put that one there, or prepare the data and train anew.")
+    return load_vae(path)

@@ -1,0 +1,23 @@
+"""What every test gets: the scripts on the path, two threads, no network, and a folder of its own to work in."""
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """Work in an empty folder, and fail on any connection beyond this machine."""
+    monkeypatch.chdir(tmp_path)
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address}")
+        return connect(self, address)
+    monkeypatch.setattr(socket.socket, "connect", connect_here)

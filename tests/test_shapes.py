@@ -1,0 +1,161 @@
+"""Protects the ruler: the shapes dataset says the same on any machine, and the detector reads its pictures right."""
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import prepare_data
+from model import UserError
+from prepare_data import Config, Scene, Shapes, list_scenes, scene_of, unseen_scenes
+from vae import LinearAutoencoder, to_uint8, to_unit
+
+
+def small(**changes):
+    return Config(**{"train_images": 60, "val_images": 20, "context_len": 16} | changes)
+
+
+def pictures_of(config, split, count):
+    source = Shapes(config, split)
+    return np.stack([source.load(i) for i in range(count)]), [captions[0] for captions in source.captions[:count]]
+
+
+def test_every_caption_is_one_scene_and_grammar_is_right():
+    one, two, relations = list_scenes()
+    assert (len(one), len(two), len(relations)) == (90, 3060, 1224)
+    assert len(scene_of()) == 90 + 3060 + 1224
+    assert Scene(((1, "red", "circle"),)).caption == "one red circle"
+    assert Scene(((3, "red", "circle"), (2, "blue", "square"))).caption == "three red circles and two blue squares"
+    assert Scene(((1, "red", "circle"), (1, "blue", "square")), "above").caption == "a red circle above a blue square"
+    assert all(1 <= len(scene.objects) <= 5 for scene in scene_of().values())
+
+
+def test_a_tenth_of_the_combinations_is_unseen_whatever_the_seed():
+    one, _, relations = list_scenes()
+    assert sum(scene in unseen_scenes() for scene in one) == 9
+    assert sum(scene in unseen_scenes() for scene in relations) == 122
+    for seed in (0, 1):
+        source = Shapes(Config(train_images=3000, seed=seed), "train")
+        assert not any(scene in unseen_scenes() for scene in source.scenes)
+        held_out = Shapes(Config(val_images=50, seed=seed), "val")
+        assert [scene in unseen_scenes() for scene in held_out.scenes] == [i % 2 == 1 for i in range(50)]
+
+
+def test_a_picture_depends_on_seed_split_and_number_alone():
+    first, again = Shapes(small(), "train"), Shapes(small(train_images=10), "train")
+    assert first.captions[:10] == again.captions
+    assert (first.load(7) == again.load(7)).all()
+    assert first.captions != Shapes(small(seed=1), "train").captions
+    assert (first.load(7) != Shapes(small(), "val").load(7)).any()
+
+
+def test_the_first_pictures_are_these_on_any_machine():
+    source = Shapes(Config(), "train")
+    assert [captions[0] for captions in source.captions[:3]] == GOLDEN_CAPTIONS
+    assert [int(source.load(i).sum()) for i in range(3)] == GOLDEN_SUMS
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_the_detector_reads_real_and_reconstructed_pictures(size):
+    pictures, captions = pictures_of(Config(image_size=size), "val", 300)
+    scores = evaluate.score_shapes(pictures, captions)
+    fitted = LinearAutoencoder().fit(to_unit(torch.from_numpy(pictures_of(Config(image_size=size), "train", 500)[0]).permute(0, 3, 1, 2)))
+    x = to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    moments = fitted.encode(x)
+    decoded = to_uint8(fitted.decode(moments.chunk(2, dim=1)[0])).permute(0, 2, 3, 1).numpy()
+    for result in (scores, evaluate.score_shapes(decoded, captions)):
+        for group in ("seen", "unseen"):
+            assert result[group]["pictures"] == 150
+            assert min(result[group][kind] for kind in evaluate.KINDS) > 0.98
+
+
+def test_shuffled_captions_are_judged_wrong():
+    pictures, captions = pictures_of(Config(), "val", 200)
+    scores = evaluate.score_shapes(pictures, captions[1:] + captions[:1])
+    assert max(scores[group]["everything"] for group in ("seen", "unseen")) < 0.05
+
+
+def test_each_kind_of_mistake_is_seen():
+    rng = np.random.default_rng(0)
+    scene = Scene(((2, "red", "circle"), (1, "blue", "square")))
+    def judge(groups, relation="", asked=scene):
+        return evaluate.judge_picture(prepare_data.draw_scene(Scene(groups, relation), rng, 32), asked)
+    assert judge(scene.groups) == {"count": True, "colour": True, "shape": True, "everything": True}
+    assert not judge(((3, "red", "circle"), (1, "blue", "square")))["count"]
+    assert not judge(((2, "green", "circle"), (1, "blue", "square")))["colour"]
+    assert not judge(((2, "red", "triangle"), (1, "blue", "square")))["shape"]
+    swapped = judge(((1, "red", "circle"), (2, "blue", "square")))
+    assert swapped["count"] and swapped["colour"] and swapped["shape"] and not swapped["everything"]
+    pair = ((1, "red", "circle"), (1, "blue", "square"))
+    for relation, opposite in (("above", "below"), ("to the left of", "to the right of")):
+        assert judge(pair, relation, Scene(pair, relation))["everything"]
+        wrong = judge(pair, opposite, Scene(pair, relation))
+        assert not wrong["relation"] and not wrong["everything"] and wrong["colour"]
+
+
+def test_an_empty_picture_has_no_objects():
+    blank = np.full((32, 32, 3), prepare_data.BACKGROUND, dtype=np.uint8)
+    assert evaluate.detect_objects(blank) == []
+    assert not any(evaluate.judge_picture(blank, scene_of()["one red circle"]).values())
+
+
+def test_detector_counts_touching_specks_as_nothing():
+    picture = np.full((32, 32, 3), prepare_data.BACKGROUND, dtype=np.uint8)
+    picture[3:5, 3:5] = prepare_data.COLOURS["red"]
+    assert evaluate.detect_objects(picture) == []
+
+
+def test_the_cache_has_what_it_says():
+    prepare_data.main(small())
+    cache = prepare_data.read_cache("data/shapes")
+    assert cache.train.moments.shape == (60, 32, 8, 8) and cache.val.moments.shape == (20, 32, 8, 8)
+    assert cache.captions[0] == "" and len(cache.captions) == len(set(cache.captions)) == len(cache.text)
+    assert cache.text.shape[1:] == (16, 64)
+    for split, moments in ((Shapes(small(), "train"), cache.train), (Shapes(small(), "val"), cache.val)):
+        assert [cache.captions[row] for row in moments.pairs[:, 1]] == [captions[0] for captions in split.captions]
+    mean = torch.from_numpy(cache.train.moments[:]).chunk(2, dim=1)[0]
+    assert abs((mean * cache.meta["latent_scale"]).std().item() - LATENT_STD) < 1e-3
+    assert not list(np.lib.format.open_memmap("data/shapes/text.npy", mode="r").dtype.descr[0][1:][0].count("O") * [1])
+
+
+def test_preparing_twice_does_nothing_and_other_constants_are_refused(capsys):
+    prepare_data.main(small())
+    before = {path.name: path.stat().st_mtime_ns for path in (prepare_data.Path("data/shapes")).iterdir()}
+    prepare_data.main(small())
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == {path.name: path.stat().st_mtime_ns for path in (prepare_data.Path("data/shapes")).iterdir()}
+    with pytest.raises(UserError, match="--out="):
+        prepare_data.main(small(seed=3))
+
+
+def test_a_half_written_cache_is_refused_and_then_finished(monkeypatch):
+    prepare_data.main(small(out="whole"))
+    monkeypatch.setattr(prepare_data.Progress, "PART", 16)
+    load, calls = Shapes.load, Counter()
+
+    def fail_late(self, i):
+        calls[self.key, i] += 1
+        if self.key[1] == 0 and i == 40 and calls[self.key, i] == 2:      # once to fit the autoencoder, then to encode
+            raise KeyboardInterrupt
+        return load(self, i)
+    monkeypatch.setattr(Shapes, "load", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data.main(small(out="half"))
+    with pytest.raises(UserError, match="not a finished cache"):
+        prepare_data.read_cache("half")
+    monkeypatch.setattr(Shapes, "load", load)
+    prepare_data.main(small(out="half"))
+    for name in ("train_moments", "val_moments", "val_images", "text", "train_pairs", "val_pairs"):
+        assert (np.load(f"half/{name}.npy") == np.load(f"whole/{name}.npy")).all(), name
+    assert json.loads(open("half/meta.json").read())["latent_scale"] == json.loads(open("whole/meta.json").read())["latent_scale"]
+
+
+def test_a_changed_constant_makes_a_half_written_cache_anew(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(prepare_data, "random_clip_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data.main(small(seed=1))
+    monkeypatch.undo()
