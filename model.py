@@ -29,6 +29,7 @@ import json
 import math
 import pickle
 import re
+import struct
 import sys
 import warnings
 import zipfile
@@ -49,9 +50,10 @@ class UserError(ValueError):
 def parse_value(key: str, text: str, kind: type):
     """Read `text` as `kind` (int, float, bool or str), or raise UserError."""
     try:
-        if kind is bool:
-            return {"True": True, "False": False}[text]
-        return kind(text)
+        value = {"True": True, "False": False}[text] if kind is bool else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
     except (KeyError, ValueError):
         expected = "True or False" if kind is bool else {int: "a whole number", float: "a number"}[kind]
         raise UserError(f"--{key}={text}: expected {expected}.") from None
@@ -64,8 +66,8 @@ def override(Config: type, arguments: list[str]):
     for argument in arguments:
         key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
-            hint = f"--{key}=True" if key in fields and fields[key].type is bool else f"--{key}=VALUE"
-            raise UserError(f"{argument!r} is not an override; write it as {hint if key in fields else '--key=value'}.")
+            form = f"--{key}={'True' if fields[key].type is bool else 'VALUE'}" if key in fields else "--key=value"
+            raise UserError(f"{argument!r} is not an override; write it as {form}.")
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
             raise UserError(f"--{key} is not a constant of this script; did you mean --{near[0]}? (--help lists all)")
@@ -97,6 +99,8 @@ def run(main, Config: type):
         main(override(Config, arguments))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 def choose_device() -> torch.device:
@@ -202,7 +206,7 @@ class Block(nn.Module):
         """Merge (B, S, D) with a skip (B, S', D) on the tokens that both have: the first min(S, S')."""
         shared = min(x.shape[1], skip.shape[1])
         merged = self.skip_linear(torch.cat([x[:, :shared], skip[:, :shared]], dim=-1))
-        return torch.cat([merged, x[:, shared:]], dim=1) if shared < x.shape[1] else merged
+        return torch.cat([merged.to(x.dtype), x[:, shared:]], dim=1)             # float32 also where autocast's is not
 
     def forward(self, x, text_keys_values=None):                                  # (B, S, D)
         x = x + self.attn(self.norm1(x), text_keys_values)
@@ -252,7 +256,7 @@ class UViTConfig:
         require(self.image_size % self.patch_size == 0,
                 f"image_size={self.image_size}: expected a multiple of patch_size={self.patch_size}.")
         require(self.width % self.heads == 0, f"width={self.width}: expected a multiple of heads={self.heads}.")
-        require(self.width % 2 == 0, f"width={self.width}: expected an even number (half cosines, half sines of t).")
+        require(self.width % 4 == 0, f"width={self.width}: expected a multiple of 4, for sines and cosines of row and column.")
 
     @property
     def blocks(self) -> int:
@@ -419,10 +423,13 @@ def read_weights(path: str | Path) -> dict:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)               # of torch.jit.load, in torch 2.13
                 return torch.jit.load(path, map_location="cpu").state_dict()
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise UserError(f"{path} ({path.stat().st_size:,} bytes) can't be read as weights: it is damaged, incomplete or of "
-                        f"another format ({(str(error) or type(error).__name__).splitlines()[0]}).") from None
+                        f"another format ({type(error).__name__}).") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}; expected a dict of weights.")
+    return state
 
 
 def load_strictly(module: nn.Module, state: dict, path: str | Path) -> nn.Module:
@@ -448,12 +455,14 @@ def read_checkpoint(path: str | Path) -> dict:
     the empty caption), "meta" (of the data cache: which autoencoder, which text tower), "step".
     """
     state = read_weights(path)
-    if state.get("format") == CHECKPOINT_FORMAT:
+    keys = list(state) if isinstance(state, dict) else []
+    if "format" in keys and state["format"] == CHECKPOINT_FORMAT:
         return state | {"uvit": UViTConfig(**state["uvit"])}
-    if "pos_embed" in state and "context_embed.weight" in state:
+    missing = [key for key in ("pos_embed", "context_embed.weight", "patch_embed.proj.weight") if key not in keys]
+    if not missing:
         return describe_official(state)
-    raise UserError(f"{path} is neither a checkpoint of train.py nor an official U-ViT text-to-image file; "
-                    f"its first keys are {', '.join(map(str, list(state)[:5]))}.")
+    raise UserError(f"{path} is neither a checkpoint of train.py nor an official U-ViT text-to-image file: it has no "
+                    f"{' and no '.join(missing)}; its first keys are {', '.join(map(str, keys[:5]))}.")
 
 
 def describe_official(state: dict) -> dict:
@@ -465,12 +474,16 @@ def describe_official(state: dict) -> dict:
     config = UViTConfig("early", "concat", depth=depth, image_size=math.isqrt(image_tokens) * patch_size,
                         channels=channels, patch_size=patch_size, width=width, heads=width // 64,
                         context_len=context_len, context_dim=context_dim)
-    meta = {"dataset": "coco", "image_size": 8 * config.image_size, "autoencoder": {"kind": "kl", "file": "autoencoder_kl.pth"},
-            "text_tower": {"kind": "clip", "file": "ViT-L-14.pt"}}
+    meta = {"dataset": "coco", "image_size": 8 * config.image_size, "autoencoder": {"kind": "kl", "file": "kl-f8.bin"},
+            "text_tower": {"kind": "clip", "file": "clip-vit-large-patch14.bin"}}    # the names that prepare_data.py gives them
     return {"uvit": config, "ema": state, "step": 1_000_000, "null_context": None, "meta": meta,
             "latent_scale": 0.23010}        # U-ViT's configuration; its own sampler decodes with 0.18215 by mistake
 
 
 def load_uvit(checkpoint: dict, weights: str, path: str | Path) -> UViT:
     """The network of a `read_checkpoint`, in evaluation mode; `weights` is "ema" or "model" (raw)."""
+    if weights not in checkpoint:
+        raise UserError(f"{path} holds no raw weights, only their moving average: leave out --raw=True.")
+    if weights not in checkpoint:
+        raise UserError(f"{path} holds only one set of weights, the moving average: there are no raw ones beside it.")
     return load_strictly(UViT(checkpoint["uvit"]), checkpoint[weights], path).eval().requires_grad_(False)

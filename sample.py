@@ -153,9 +153,10 @@ def to_image(picture: torch.Tensor) -> Image.Image:
 
 def wrap(text: str, font, width: int) -> list[str]:
     """The words of `text` in lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
+    first, *words = text.split() or [""]
+    lines = [first]
+    for word in words:
+        longer = f"{lines[-1]} {word}"
         lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
     return lines
 
@@ -200,12 +201,14 @@ def save_pictures(folder: Path, first: int, pictures: torch.Tensor, captions: li
 def main(config: Config):
     if config.n < 1 or config.steps < 1 or config.batch_size < 1:
         raise UserError(f"n={config.n}, steps={config.steps}, batch_size={config.batch_size}: expected 1 or more of each.")
+    if not 0 <= config.seed < 2 ** 32 - config.n:
+        raise UserError(f"seed={config.seed}: expected 0 or more, and less than 2^32 for every picture.")
+    if config.out and Path(config.out).exists():
+        raise UserError(f"--out={config.out} exists already, and nothing is overwritten: name a new folder.")
     pipeline = Pipeline(config.checkpoint, config.raw, config.weights)
     length = pipeline.net.config.context_len
     if count_truncated([config.prompt], length):
         print(f"The prompt is longer than the model's {length} tokens and is cut short.")
-    if config.out and Path(config.out).exists():
-        raise UserError(f"--out={config.out} exists already, and nothing is overwritten: name a new folder.")
     if config.out:
         folder = Path(config.out)
         folder.mkdir(parents=True)

@@ -33,6 +33,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -112,6 +113,11 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "RTX 4090": 165, "RTX 3090
 
 # ---- 2. batches ----
 
+def seeded(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator for this key; the key is hashed, since torch's CPU generator looks at 32 bits of a seed only."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
 class Batches:
     """Training batches as a function of the step. The arrays live on the device if they fit; else rows are read as needed."""
 
@@ -136,7 +142,7 @@ class Batches:
         return part.float()
 
     def order(self, epoch: int) -> torch.Tensor:
-        return torch.randperm(self.count, generator=torch.Generator().manual_seed((self.config.seed << 32) - 1 - epoch))
+        return torch.randperm(self.count, generator=seeded(self.config.seed, 0, epoch))
 
     def choose(self, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures, each once per epoch, and a text row for each: one of its captions, or row 0, the null context."""
@@ -145,7 +151,7 @@ class Batches:
         for epoch in range(step * size // self.count, ((step + 1) * size - 1) // self.count + 1):
             inside = position // self.count == epoch
             pictures[inside] = self.order(epoch)[position[inside] % self.count]
-        generator = torch.Generator().manual_seed((self.config.seed << 32) + step)
+        generator = seeded(self.config.seed, 1, step)
         first, after = self.first[pictures], self.first[pictures + 1]
         caption = first + (torch.rand(size, generator=generator) * (after - first)).long()
         dropped = torch.rand(size, generator=generator) < self.config.p_uncond
@@ -155,7 +161,7 @@ class Batches:
         """This process's part of the step: `grad_accum` times (z0 (B, C, H, W), eps likewise, t (B,), context (B, L, E))."""
         size = self.config.batch_size * self.config.grad_accum
         pictures, text_rows = self.choose(step, size)
-        generator = torch.Generator(self.device).manual_seed((self.config.seed << 32) + step)
+        generator = seeded(self.config.seed, 2, step, device=self.device)
         moments_shape, latent_shape = self.moments.shape[1:], (self.moments.shape[1] // 2, *self.moments.shape[2:])
         noise, eps = torch.randn((2, size, *latent_shape), generator=generator, device=self.device)
         t = torch.randint(1, 1001, (size,), generator=generator, device=self.device)
@@ -431,7 +437,7 @@ def main(config: Config):
                 share = f"  {600 * multiply_adds * speed / (peak * 1e12 * world):.0f}% of peak" if peak else ""
                 left = time.strftime("%H:%M:%S", time.gmtime((config.steps - step) * effective / speed))
                 say(f"step {step:,}/{config.steps:,}  loss {line['loss']:.4f}  {speed:,.0f} images/s{share}  {left} left"
-                    + (f"  ({line['skipped']} steps skipped: not finite)" if line["skipped"] else ""))
+                    + (f"  ({line['skipped']} skipped: not finite)" if line["skipped"] else ""))
                 if streak >= 10:
                     raise UserError(f"Ten steps in a row were not finite; the weights in {folder / 'last.pt'} are sound. "
                                     f"Go on from there with a lower rate: {command_line(config, resume=True, learning_rate=config.learning_rate / 3)}")

@@ -1,4 +1,4 @@
-"""What every test gets: the scripts on the path, two threads, no network, and a folder of its own to work in."""
+"""What every test gets: the scripts on the path, one thread, no network, and a folder of its own to work in."""
 import socket
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -57,8 +57,8 @@ def test_the_solver_gives_the_numbers_of_the_reference(steps, golden):
 
 def test_the_solver_converges_to_the_exact_answer():
     errors = [abs(dpm_solver_pp_2m(gaussian, torch.ones(1, dtype=torch.float64), steps).item() - 0.5015143)
-              for steps in (10, 100, 1000, 4000)]
-    assert errors == sorted(errors, reverse=True) and errors[2] < 1e-3 and errors[3] < 1e-4
+              for steps in (10, 100, 1000, 2000)]
+    assert errors == sorted(errors, reverse=True) and errors[2] < 1e-3 and errors[3] < 3e-4
 
 
 def test_the_solver_is_linear_in_its_start_and_treats_pictures_alike():
@@ -249,6 +249,13 @@ def test_long_captions_are_wrapped_and_stay_between_the_pictures():
     assert (np.array(long)[:, -8:] == 255).all()                               # nothing in the margin
 
 
+def test_every_picture_has_its_own_caption():
+    def captions(*texts):
+        return np.array(draw_grid(flat_pictures(2, 32), texts, 2))[8 + 128:].reshape(-1, 280, 3)[:, :272].reshape(-1, 2, 136, 3)
+    ab, bb = captions("a", "b"), captions("b", "b")
+    assert (ab[:, 1] == bb[:, 1]).all() and (bb[:, 0] == bb[:, 1]).all() and (ab[:, 0] != bb[:, 0]).any()
+
+
 @pytest.mark.parametrize("text", ["", "one", "two red circles and three blue squares to the left of a cat", "  odd \n spaces\t"])
 def test_wrapping_keeps_every_word_and_the_width(text):
     font = ImageFont.load_default(size=11)
@@ -302,7 +309,8 @@ CONFIG = Config(prompt=PROMPT, n=3, steps=3, guidance_scale=2.0, seed=11)
 def contents():
     """What train.py writes, as far as sampling needs it: a tiny model of unusual sizes, for pictures of 24 x 24."""
     tower = random_clip_text(3, 9)
-    smooth = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(0)), size=24, mode="bilinear")
+    coarse = torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(coarse, size=24, mode="bilinear")
     with torch.no_grad():
         null_context = tower(tokenize(["nothing at all"], 9))[0][0]            # not that of "": it must come from the file
     raw, ema = [randomise(UViT(UViTConfig(**UNUSUAL)), seed).state_dict() for seed in (1, 2)]
@@ -374,20 +382,23 @@ def test_a_run_leaves_pictures_captions_a_grid_and_a_film(contents, checkpoint, 
     assert (folder / "captions.txt").read_text() == "".join(f"0000{i}.png\t{PROMPT}\n" for i in range(3))
     for i in range(3):
         text = Image.open(folder / f"0000{i}.png").text
-        assert {key: text[key] for key in ("prompt", "seed", "guidance_scale", "steps", "checkpoint", "train_step", "weights")} == {
-            "prompt": PROMPT, "seed": str(11 + i), "guidance_scale": "2.0", "steps": "4", "checkpoint": "out/run/last.pt",
-            "train_step": "1234", "weights": "EMA"}
+        expected = {"prompt": PROMPT, "seed": str(11 + i), "guidance_scale": "2.0", "steps": "4",
+                    "checkpoint": "out/run/last.pt", "train_step": "1234", "weights": "EMA"}
+        assert expected.items() <= text.items()
     with Image.open(folder / "denoising.gif") as film, Image.open(folder / "grid.png") as grid:
         assert film.n_frames == 4 and film.size == grid.size
     assert f"3 pictures of '{PROMPT}' are in {folder}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes", [dict(steps=1, gif=True), dict(n=1, gif=True), dict(n=5, batch_size=2, gif=True),
-                                     dict(prompt=""), dict(guidance_scale=0.0), dict(seed=-3)], ids=str)
+                                     dict(prompt=""), dict(guidance_scale=0.0)], ids=str)
 def test_unusual_requests_work(checkpoint, changes):
     pictures, folder = draw(checkpoint, **changes)
     assert len(pictures) == changes.get("n", 3) and (folder / "grid.png").exists()
     assert (folder / "denoising.gif").exists() == changes.get("gif", False)
+    if changes.get("gif"):
+        with Image.open(folder / "denoising.gif") as film:                     # of the first batch
+            assert film.n_frames == changes.get("steps", CONFIG.steps)
 
 
 def test_the_same_seed_gives_the_same_picture_whatever_the_batch_size(checkpoint):
@@ -432,10 +443,10 @@ def test_impossible_numbers_are_refused_before_anything_is_written(checkpoint, t
     assert not (tmp_path / "out" / "run" / "generated").exists()
 
 
-@pytest.mark.parametrize("w", [math.nan, math.inf])
-def test_a_guidance_scale_that_is_no_number_is_refused(checkpoint, tmp_path, w):
-    with pytest.raises(UserError, match="guidance_scale"):
-        draw(checkpoint, guidance_scale=w)
+@pytest.mark.parametrize("seed", [-1, 2 ** 32])
+def test_a_seed_that_no_generator_takes_is_refused(checkpoint, tmp_path, seed):
+    with pytest.raises(UserError, match=f"seed={seed}"):
+        draw(checkpoint, seed=seed)
     assert not (tmp_path / "out" / "run" / "generated").exists()
 
 
@@ -456,7 +467,7 @@ def official(tmp_path):
 
 
 def test_the_official_weights_name_the_files_that_they_need(official):
-    with pytest.raises(UserError, match="weights/ViT-L-14.pt"):
+    with pytest.raises(UserError, match="weights/clip-vit-large-patch14.bin"):
         draw(official)
 
 

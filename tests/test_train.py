@@ -1,0 +1,328 @@
+"""Protects the run: exact resume, the moving average, the same result however the work is divided, and no way to lose it."""
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import prepare_data
+import train
+from model import UserError, read_checkpoint
+from train import Config
+
+ROOT = Path(train.__file__).parent
+TINY = {"data": "data/tiny", "name": "run", "width": 32, "heads": 2, "n_image": 1, "n_fuse": 1, "n_text": 1, "depth": 5,
+        "batch_size": 8, "steps": 6, "warmup": 2, "precision": "float32", "validation_images": 8, "sample_steps": 2,
+        "log_every": 1, "validate_every": 3, "draw_every": 100, "save_every": 100, "score": False}
+
+
+def tiny(**changes) -> Config:
+    return Config(**(TINY | changes))
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("caches")
+    prepare_data.main(prepare_data.Config(out=str(folder / "tiny"), train_images=40, val_images=10))
+    prepare_data.main(prepare_data.Config(out=str(folder / "other"), train_images=30, val_images=10, seed=1))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def data(alone, caches):
+    Path("data").symlink_to(caches)
+
+
+def weights(name="run", kind="model"):
+    return read_checkpoint(f"out/{name}/last.pt")[kind]
+
+
+def equal(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def close(a, b):
+    return all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+
+
+# ---- resume ----
+
+@pytest.mark.parametrize("changes", [{}, {"fusion": "early", "conditioning": "cross_attention", "grad_accum": 2, "precision": "bfloat16"}])
+def test_three_steps_and_three_after_a_resume_are_six_bit_for_bit(changes, monkeypatch):
+    train.main(tiny(name="whole", **changes))
+    with monkeypatch.context() as context:
+        stop_after(3, context)
+        train.main(tiny(**changes))
+    assert read_checkpoint("out/run/last.pt")["step"] == 3
+    train.main(tiny(resume=True, **changes))
+    whole, parts = read_checkpoint("out/whole/last.pt"), read_checkpoint("out/run/last.pt")
+    assert parts["step"] == 6
+    for kind in ("model", "ema"):
+        assert equal(whole[kind], parts[kind])
+    for a, b in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values()):
+        assert equal(a, b)
+    assert parts["best"] == whole["best"]
+    logs = [[line.split(",")[2] for line in Path(f"out/{name}/log.csv").read_text().splitlines()] for name in ("whole", "run")]
+    assert logs[0] == logs[1]                               # the losses, each step once
+
+
+def stop_after(step, monkeypatch):
+    """Press Ctrl-C in the middle of a step."""
+    rate = train.learning_rate
+
+    def press(current, config):
+        if current == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(current, config)
+    monkeypatch.setattr(train, "learning_rate", press)
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_goes_on(monkeypatch, capsys):
+    stop_after(2, monkeypatch)
+    train.main(tiny())
+    assert read_checkpoint("out/run/last.pt")["step"] == 2
+    printed = capsys.readouterr().out
+    assert "Stopped at step 2" in printed and "--resume=True" in printed and "--name=run" in printed
+
+
+def test_a_resume_with_another_architecture_or_cache_is_refused_with_the_right_command():
+    train.main(tiny(steps=1))
+    with pytest.raises(UserError, match=r"another architecture.*--resume=True.*--width=32"):
+        train.main(tiny(steps=2, width=64, resume=True))
+    with pytest.raises(UserError, match="another data cache"):
+        train.main(tiny(steps=2, data="data/other", resume=True))
+
+
+def test_a_new_run_never_writes_over_an_old_one():
+    train.main(tiny(steps=1))
+    before = Path("out/run/last.pt").read_bytes()
+    train.main(tiny(steps=1, seed=1))
+    assert Path("out/run/last.pt").read_bytes() == before
+    assert read_checkpoint("out/run-2/last.pt")["config"]["name"] == "run-2"
+
+
+# ---- the same result, however the work is divided ----
+
+def test_accumulated_batches_equal_one_batch():
+    train.main(tiny(name="one", batch_size=8))
+    train.main(tiny(name="four", batch_size=2, grad_accum=4))
+    assert close(weights("one"), weights("four"))
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_two_processes_equal_one_with_the_same_batch(grad_accum):
+    train.main(tiny(name="one", grad_accum=grad_accum))
+    arguments = [f"--{key}={value}" for key, value in (TINY | {"name": "two", "grad_accum": grad_accum}).items()]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *arguments],
+                   check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for kind in ("model", "ema"):
+        assert close(weights("one", kind), weights("two", kind))
+    assert read_checkpoint("out/one/last.pt")["best"] == pytest.approx(read_checkpoint("out/two/last.pt")["best"], abs=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["early", "intermediate"])
+@pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
+def test_each_of_the_four_models_trains_from_the_same_constants(fusion, conditioning):
+    train.main(tiny(steps=2, fusion=fusion, conditioning=conditioning))
+    assert read_checkpoint("out/run/last.pt")["uvit"].fusion == fusion
+
+
+# ---- the moving average, the batches, the rate ----
+
+def test_the_moving_average_is_the_formula(monkeypatch):
+    seen = []
+    lerp = torch._foreach_lerp_
+
+    def watch(ema, parameters, weight):
+        if not seen:
+            seen.append([p.detach().clone() for p in ema])
+        lerp(ema, parameters, weight)
+        seen.append(([p.detach().clone() for p in parameters], weight))
+    monkeypatch.setattr(torch, "_foreach_lerp_", watch)
+    train.main(tiny(steps=5, ema_decay=0.3))
+    expected = seen[0]
+    for step, (parameters, weight) in enumerate(seen[1:], start=1):
+        decay = min(0.3, (1 + step) / (10 + step))
+        assert weight == pytest.approx(1 - decay)
+        expected = [decay * e + (1 - decay) * p for e, p in zip(expected, parameters)]
+    for e, actual in zip(expected, weights(kind="ema").values()):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(e, actual, rtol=1e-5, atol=1e-6)
+
+
+def batches(**changes):
+    return train.Batches(prepare_data.read_cache("data/tiny"), tiny(**changes), 0, 1, torch.device("cpu"))
+
+
+def test_an_epoch_has_every_picture_once_and_epochs_differ_in_order_and_noise():
+    data = batches()
+    epochs = [torch.cat([data.choose(step, 8)[0] for step in range(5 * e, 5 * e + 5)]) for e in range(2)]
+    for pictures in epochs:
+        assert sorted(pictures.tolist()) == list(range(40))
+    assert not torch.equal(*epochs)
+    straddling = torch.cat([data.choose(step, 16)[0] for step in range(5)])      # 80 pictures in 5 steps: two epochs
+    assert sorted(straddling[:40].tolist()) == list(range(40)) == sorted(straddling[40:].tolist())
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    first, again, other = batches().read(3), batches().read(3), batches(seed=1).read(3)
+    assert all(torch.equal(a, b) for a, b in zip(first[0], again[0]))
+    assert not torch.equal(first[0][1], other[0][1])
+    z0, eps, t, context = first[0]
+    assert z0.shape == eps.shape == (8, 16, 8, 8) and context.shape == (8, 16, 64)
+    assert t.min() >= 1 and t.max() <= 1000
+
+
+def test_text_is_dropped_for_the_null_context_at_the_given_rate():
+    assert (batches(p_uncond=1.0).choose(0, 40)[1] == 0).all()
+    assert (batches(p_uncond=0.0).choose(0, 40)[1] != 0).all()
+    rows = torch.cat([batches(p_uncond=0.1).choose(step, 40)[1] for step in range(100)])
+    assert 0.08 < (rows == 0).float().mean() < 0.12
+
+
+def test_each_picture_is_given_one_of_its_own_captions():
+    data = batches(p_uncond=0.0)
+    data.pairs = torch.tensor([[i, 100 * i + k] for i in range(40) for k in range(1 + i % 3)])
+    data.first = torch.searchsorted(data.pairs[:, 0].contiguous(), torch.arange(41))
+    chosen = [data.choose(step, 40) for step in range(30)]
+    for pictures, rows in chosen:
+        assert (rows // 100 == pictures).all() and (rows % 100 <= pictures % 3).all()
+    assert len({int(rows[pictures == 2]) for pictures, rows in chosen}) == 3
+
+
+def test_the_rate_rises_stays_and_falls():
+    config = tiny(steps=100, warmup=10, cooldown=0.5, learning_rate=1.0)
+    rates = [train.learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:51] == [1.0] * 42 and rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
+    assert train.learning_rate(99, tiny(steps=100, warmup=0, cooldown=0.0, learning_rate=1.0)) == 1.0
+
+
+def test_training_lowers_the_held_out_loss_and_best_is_kept():
+    train.main(tiny(steps=60, validate_every=20, learning_rate=3e-3))
+    lines = [line.split(",") for line in Path("out/run/log.csv").read_text().splitlines()]
+    held_out = [float(line[-1]) for line in lines[1:] if line[-1]]
+    assert len(held_out) == 3 and held_out[-1] < 0.9 * held_out[0]
+    assert read_checkpoint("out/run/best.pt")["best"] == pytest.approx(min(held_out), rel=1e-4)
+
+
+def test_learning_by_heart_is_noticed(monkeypatch, capsys):
+    values = iter([1.0, 1.0, 0.5, 0.5] + [2.0] * 100)
+    monkeypatch.setattr(train.HeldOut, "loss", lambda *_: next(values))
+    train.main(tiny(steps=8, validate_every=1))
+    assert "by heart" in capsys.readouterr().out
+
+
+# ---- failures ----
+
+def poison(monkeypatch, steps):
+    """Make the loss NaN at these steps."""
+    compute, calls = train.compute_loss, []
+
+    def broken(*arguments):
+        if arguments[0].training:
+            calls.append(1)
+            if len(calls) in steps:
+                return compute(*arguments) * float("nan")
+        return compute(*arguments)
+    monkeypatch.setattr(train, "compute_loss", broken)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(monkeypatch, capsys):
+    poison(monkeypatch, {2})
+    train.main(tiny(steps=3, name="poisoned"))
+    assert "1 skipped: not finite" in capsys.readouterr().out
+    assert all(tensor.isfinite().all() for tensor in weights("poisoned").values())
+    log = Path("out/poisoned/log.csv").read_text().splitlines()
+    assert log[-1].split(",")[6] == "1"
+
+
+def test_ten_such_steps_in_a_row_stop_the_run_with_advice(monkeypatch):
+    train.main(tiny(steps=1))
+    before = weights()
+    poison(monkeypatch, set(range(1, 100)))
+    with pytest.raises(UserError, match="Ten steps in a row.*--learning_rate"):
+        train.main(tiny(steps=50, resume=True))
+    assert equal(before, weights())
+
+
+def checkpoint(step=1, value=1.0):
+    return {"step": step, "model": {"w": torch.tensor(value)}, "ema": {"w": torch.tensor(value)}}
+
+
+def test_a_crash_or_a_full_disk_while_saving_costs_nothing(monkeypatch):
+    path = Path("last.pt")
+    train.save_checkpoint(path, checkpoint(1))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train.torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        train.save_checkpoint(path, checkpoint(2))
+
+    def cut_short(_, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train.torch, "save", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        train.save_checkpoint(path, checkpoint(3))
+    assert torch.load(path, weights_only=True)["step"] == 1
+
+
+def test_weights_that_are_not_finite_are_never_saved():
+    with pytest.raises(UserError, match="not finite"):
+        train.save_checkpoint(Path("last.pt"), checkpoint(value=float("inf")))
+    assert not Path("last.pt").exists()
+
+
+def test_a_broken_compiler_costs_the_speed_and_not_the_run(monkeypatch, capsys):
+    def broken(function):
+        def fail(*_):
+            raise RuntimeError("no C compiler\nfound")
+        return fail
+    monkeypatch.setattr(torch, "compile", broken)
+    train.main(tiny(steps=2, compile="on"))
+    assert "torch.compile failed and is off (RuntimeError: no C compiler)" in capsys.readouterr().out
+    assert read_checkpoint("out/run/last.pt")["step"] == 2
+
+
+def test_running_out_of_memory_is_answered_with_a_smaller_batch(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train.torch.nn.utils, "clip_grad_norm_", full)
+    with pytest.raises(UserError, match="--batch_size=4 --grad_accum=2"):
+        train.main(tiny())
+
+
+@pytest.mark.parametrize("changes, words", [({"batch_size": 0}, "batch_size=0"), ({"precision": "half"}, "--precision=half"),
+                                            ({"compile": "yes"}, "--compile=yes"), ({"data": "data/none"}, "prepare_data.py"),
+                                            ({"resume": True}, "no such file"), ({"n_fuse": 2}, "n_fuse=2")])
+def test_mistakes_are_answered_in_one_sentence(changes, words):
+    with pytest.raises(UserError, match=words):
+        train.main(tiny(**changes))
+
+
+def test_the_whole_house_from_the_command_line():
+    def call(script, *arguments):
+        done = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    Path("data").unlink()
+    call("prepare_data.py", "--out=data/tiny", "--train_images=40", "--val_images=10")
+    options = TINY | {"score": False, "draw_every": 6, "name": "house"}
+    printed = call("train.py", *[f"--{key}={value}" for key, value in options.items()])
+    assert "python sample.py --checkpoint=out/house/last.pt" in printed
+    assert Path("out/house/samples/step_000006.png").exists()
+    call("sample.py", "--checkpoint=out/house/last.pt", "--prompt=one red circle", "--n=2", "--steps=2", "--gif=True")
+    assert sorted(path.name for path in Path("out/house/generated/0001").iterdir()) == \
+        ["00000.png", "00001.png", "captions.txt", "denoising.gif", "grid.png"]
+    printed = call("evaluate.py", "--checkpoint=out/house/last.pt", "--data=data/tiny", "--n=10", "--steps=2")
+    assert "| real pictures (ceiling) |" in printed and Path("out/house/eval.json").exists()
+
+
+def test_every_constant_reaches_the_checkpoint():
+    train.main(tiny(steps=1, p_uncond=0.25))
+    assert Config(**read_checkpoint("out/run/last.pt")["config"]) == dataclasses.replace(tiny(steps=1, p_uncond=0.25), name="run")
