@@ -275,7 +275,8 @@ def load_text_tower(description: dict, folder: str | Path) -> CLIPText:
         return tower
     path = Path(folder) / description["file"]
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file, and the captions were encoded with it; put it into {folder}/.")
+        raise UserError(f"{path}: there is no such file, and the captions were encoded with it; put it into {folder}/ "
+                        "(addresses of public weights: FILES in prepare_data.py).")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if expected not in (None, found):

@@ -2,6 +2,9 @@
 
     python evaluate.py --checkpoint=out/shapes/last.pt                          # accuracy on 500 held-out captions
     python evaluate.py --checkpoint=out/early/last.pt,out/shapes/last.pt        # several side by side, in one Markdown table
+    python evaluate.py --checkpoint=out/shapes/last.pt --sweep=1,1.5,2,3,5      # over the guidance scale, with a plot
+    python evaluate.py --checkpoint=mscoco_uvit_small.pth --data=data/coco --steps=50 --guidance_scale=2    # FID, CLIP score
+    python evaluate.py --folder=pictures --data=data/coco                       # anybody's, with their captions.txt
 
 Shapes can be scored exactly, which replaces the paper's human study of counting: a classical detector reads the objects off each
 picture, and a caption is right in its count (as many objects as asked), colour and shape (those asked and no others), relation (the
@@ -14,30 +17,40 @@ Real pictures are scored by two networks with public weights, computed here exac
     FID         distance between two clouds of Inception features: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))      [FID]
     CLIP score  cosine between a picture's CLIP features and those of the caption it was made from                   [CLIPScore]
 
-out/NAME/eval.json carries the whole protocol beside the scores; the pictures stay in out/NAME/eval/ and are used again.
+FID is measured against all held-out pictures of the cache, whose statistics are kept beside it. It depends on the number of pictures:
+below 2,048 it means little, and only one of 30,000 compares with the published ones. The CLIP score stands beside that of the real
+pairs (ceiling) and of shuffled ones (floor).
+
+The pictures stay in out/NAME/eval/..., a folder for each model, scale and seed, and are used again; an interrupted call goes on.
+Each folder keeps its eval.json: the scores with their whole protocol. out/NAME/eval.json is a copy of the latest.
 
 [FID] arXiv 1706.08500   [CLIP] arXiv 2103.00020   [CLIPScore] arXiv 2104.08718
 """
 import json
 import math
+import os
+import platform
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
+import scipy
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from scipy import ndimage
 from tqdm import tqdm
 
-from clip_text import CLIPTransformer, read_tower
-from model import UserError, count_multiply_adds, load_strictly, read_weights, run
-from prepare_data import BACKGROUND, COLOURS, RELATIONS, Cache, Scene, read_cache, scene_of, unseen_scenes
+from clip_text import CLIPTransformer, load_clip_text, read_tower, tokenize, weights_sha256
+from model import UserError, choose_device, choose_precision, count_multiply_adds, load_strictly, read_weights, run
+from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Cache, Scene, fetch, read_cache, scene_of, sha256, unseen_scenes,
+                          write_json)
 from sample import Pipeline, save_pictures
 from vae import load_autoencoder, to_uint8
 
@@ -45,14 +58,19 @@ from vae import load_autoencoder, to_uint8
 @dataclass
 class Config:
     checkpoint: str = "out/shapes/last.pt"      # or several, separated by commas
+    folder: str = ""                            # in place of a checkpoint: pictures with a captions.txt, "name<TAB>caption" lines
     data: str = "data/shapes"                   # the cache whose held-out captions are drawn
-    n: int = 500                                # captions, one picture each
-    steps: int = 20                             # of the solver
-    guidance_scale: float = 3.0                 # w; 1 = no guidance
+    n: int = 0                                  # captions, one picture each; 0 = 500 of shapes, else all, at most 30,000
+    prompts: str = "first"                      # the first pictures' first captions; random = random ones of random pictures
+    steps: int = 20                             # of the solver; U-ViT: 50
+    guidance_scale: float = 3.0                 # w; 1 = no guidance; U-ViT's COCO models: 2, which it calls 1
+    sweep: str = ""                             # in place of one w: several, separated by commas, and a plot
     seed: int = 0                               # of the first picture; picture i has seed + i
-    batch_size: int = 100
+    batch_size: int = 100                       # of the sampler; the scores don't depend on it
     raw: bool = False                           # True: the raw weights instead of their moving average (EMA)
     weights: str = "weights"                    # folder of the public weights
+    inception: str = ""                         # file of the FID's Inception; "" = the public one in that folder
+    clip: str = ""                              # file of the CLIP score's towers; "" = ViT-L/14 in that folder
 
 
 # ---- 1. shapes: reading a picture back ----
@@ -81,7 +99,7 @@ def detect_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
         cover = away @ direction / (direction @ direction)                      # (S, S), 1 inside, 0 outside, smooth between
         cover = np.clip((cover - 0.15) / 0.5, 0, 1) * ndimage.binary_dilation(inside, np.ones((3, 3)))
         fill = cover.sum() / (cover.max(axis=0).sum() * cover.max(axis=1).sum())
-        shape = "square" if fill > 0.87 else "circle" if fill > 0.73 else "triangle"
+        shape = "square" if fill > 0.895 else "circle" if fill > 0.728 else "triangle"
         if inside.sum() > 90 * (len(picture) / 32) ** 2:                        # twice the largest object: several in one
             shape = "blob"
         objects.append((list(COLOURS)[colour], shape, (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2))
@@ -106,15 +124,20 @@ def judge_picture(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
     return right | {"everything": everything}
 
 
+KINDS = ("count", "colour", "shape", "relation", "everything")
+
+
 def score_shapes(pictures: Iterable[np.ndarray], captions: list[str]) -> dict[str, dict[str, float]]:
     """Share right by kind, for seen and unseen combinations apart; pictures (S, S, 3) uint8."""
+    unknown = [caption for caption in captions if caption not in scene_of()]
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is not a caption of the shapes dataset, and the detector can't check it.")
     scenes = [scene_of()[caption] for caption in captions]
     results = [(scene in unseen_scenes(), judge_picture(picture, scene)) for picture, scene in zip(pictures, scenes)]
     scores = {}
     for name, group in (("seen", False), ("unseen", True)):
         right = [result for unseen, result in results if unseen == group]
-        kinds = ("count", "colour", "shape", "relation", "everything")
-        values = {kind: [result[kind] for result in right if kind in result] for kind in kinds}
+        values = {kind: [result[kind] for result in right if kind in result] for kind in KINDS}
         scores[name] = {"pictures": len(right)} | {kind: float(np.mean(v)) if v else None for kind, v in values.items()}
     return scores
 
@@ -140,6 +163,7 @@ def check_pictures(images: torch.Tensor):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise TypeError(f"pictures are scored as uint8 (B, 3, H, W), the way a PNG holds them, not as {images.dtype} "
                         f"{tuple(images.shape)}; vae.to_uint8 converts from [-1, 1].")
+
 
 class ConvBlock(nn.Module):
     def __init__(self, inputs, outputs, kernel, stride=1, padding="same"):
@@ -268,6 +292,8 @@ class Statistics:
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """(width,), (width, width), unbiased: as np.cov of all the features at once."""
+        if self.count < 2:
+            raise UserError("FID compares covariances, and a single picture has none: score two or more.")
         mean = self.sum / self.count
         return mean.numpy(), ((self.products - self.count * mean.outer(mean)) / (self.count - 1)).numpy()
 
@@ -347,104 +373,348 @@ def clip_scores(image_features: torch.Tensor, text_features: torch.Tensor) -> to
     return F.cosine_similarity(image_features, text_features, dim=-1)
 
 
-def format_clip_score(cosines: torch.Tensor, model: str) -> str:
-    """One line with the three numbers that are called CLIP score: mean cosine, x 100, and 2.5 max(cosine, 0) [CLIPScore]."""
-    return (f"cosine {cosines.mean():.4f} | x 100: {100 * cosines.mean():.2f} | x 2.5, each at least 0: "
-            f"{2.5 * cosines.clamp(min=0).mean():.4f} | {model}, captions after {PREFIX!r}")
+def summarise_cosines(cosines: torch.Tensor) -> dict[str, float]:
+    """The three numbers that are called CLIP score: the mean cosine, x 100, and 2.5 max(cosine, 0) [CLIPScore]."""
+    cosines = cosines.double()
+    return {"cosine": cosines.mean().item(), "x 100": 100 * cosines.mean().item(), "x 2.5": 2.5 * cosines.clamp(min=0).mean().item()}
 
 
 # ---- 4. samples on disk ----
+
+def choose_prompts(cache: Cache, config: Config) -> tuple[np.ndarray, list[str]]:
+    """(n,) held-out pictures of the cache, and one caption of each.
+
+    "first" is the order of the cache, COCO's by image id, as in the paper's fork of U-ViT, and each picture's first caption.
+    "random" is U-ViT's rule, as far as the cache goes: a random order, and a random one of its captions, both by the seed.
+    """
+    if config.prompts not in ("first", "random") or config.n < 0:
+        raise UserError(f"prompts={config.prompts!r}, n={config.n}: expected first or random, and 0 (the default) or more.")
+    pictures, first, count = np.unique(cache.val.pairs[:, 0], return_index=True, return_counts=True)
+    texts, n = cache.val.pairs[first, 1], config.n or (500 if cache.meta["dataset"] == "shapes" else 30_000)
+    if config.prompts == "random":
+        rng = np.random.default_rng(config.seed)
+        texts, order = cache.val.pairs[first + rng.integers(count), 1], rng.permutation(len(pictures))
+        pictures, texts = pictures[order], texts[order]
+    if n > len(pictures):
+        print(f"{config.data} has {len(pictures):,} held-out pictures, and all are taken.")
+    return pictures[:n], [cache.captions[row] for row in texts[:n]]
+
 
 def read_pictures(folder: Path) -> tuple[list[Path], list[str]]:
     """The pictures and captions of a folder with a captions.txt of lines "name<TAB>caption", in its order."""
     if not (folder / "captions.txt").exists():
         raise UserError(f"{folder} has no captions.txt: expected lines of a picture's name, a tab and its caption.")
-    lines = [line.split("\t", 1) for line in (folder / "captions.txt").read_text(encoding="utf-8").splitlines() if line]
+    lines = [line.split("\t", 1) for line in (folder / "captions.txt").read_text(encoding="utf-8").split("\n") if line]
     if any(len(line) != 2 for line in lines):
         raise UserError(f"{folder / 'captions.txt'}: expected every line to be a picture's name, a tab and its caption.")
     return [folder / name for name, _ in lines], [caption for _, caption in lines]
 
 
-def load_picture(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    with Image.open(path) as image:
+def check_sizes(paths: list[Path], size: int):
+    """Raise UserError unless all pictures are there and (size, size): another size means another resize, and so another FID."""
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"{len(missing)} of the {len(paths)} pictures in captions.txt are not there: {', '.join(missing[:5])}.")
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                W, H = image.size
+        except UnidentifiedImageError:
+            raise UserError(f"{path} is not a picture that Pillow can read.") from None
+        if (W, H) != (size, size):
+            raise UserError(f"{path} has {W}x{H} pixels, but the real pictures have {size}x{size}: resize all to that.")
+
+
+def load_picture(picture: Path | np.ndarray) -> np.ndarray:
+    """(S, S, 3) uint8, of a file or as it is."""
+    if isinstance(picture, np.ndarray):
+        return picture
+    with Image.open(picture) as image:
         return np.asarray(image.convert("RGB"))
 
 
-def draw_samples(pipeline: Pipeline, folder: Path, captions: list[str], config: Config) -> float | None:
+def draw_samples(pipeline: Pipeline, folder: Path, captions: list[str], guidance_scale: float, config: Config) -> float | None:
     """One picture per caption, seeded with seed + i, in `folder`; those already there are kept. Images per second, or None."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = len(read_pictures(folder)[0]) if (folder / "captions.txt").exists() else 0
-    began, begin = time.perf_counter(), done
-    for i in tqdm(range(done, len(captions), config.batch_size), desc=f"sampling {pipeline.path}", unit="batch"):
+    index = folder / "captions.txt"
+    index.touch()
+    whole, newline, cut = index.read_bytes().rpartition(b"\n")
+    if cut:                                                         # killed while writing the last line
+        index.write_bytes(whole + newline)
+    paths, found = read_pictures(folder)
+    if any(old != " ".join(new.split()) for old, new in zip(found, captions)):
+        raise UserError(f"{folder} holds pictures of other captions than those of --data={config.data}: move it away.")
+    begin, began = len(paths), time.perf_counter()
+    for i in tqdm(range(begin, len(captions), config.batch_size), desc=f"sampling {folder}", unit="batch"):
         part = captions[i:i + config.batch_size]
         seeds = [config.seed + i + k for k in range(len(part))]
-        pictures = pipeline.draw(part, seeds, config.steps, config.guidance_scale)
-        save_pictures(folder, i, pictures, part, seeds, {"guidance_scale": config.guidance_scale, "steps": config.steps})
+        pictures = pipeline.draw(part, seeds, config.steps, guidance_scale)
+        save_pictures(folder, i, pictures, part, seeds, {"guidance_scale": guidance_scale, "steps": config.steps})
     return (len(captions) - begin) / (time.perf_counter() - began) if begin < len(captions) else None
 
 
-# ---- 5. the whole evaluation ----
+# ---- 5. shapes, and real pictures ----
 
-def evaluate_shapes(path: str, cache: Cache, captions: list[str], config: Config) -> dict:
-    """Draw, judge, and write eval.json beside the checkpoint."""
-    pipeline = Pipeline(path, config.raw, config.weights)
-    if pipeline.meta["dataset"] != "shapes":
-        raise UserError(f"{path} was trained on {pipeline.meta['dataset']!r}; only shapes can be scored so far.")
-    kind = "raw" if config.raw else "ema"
-    folder = Path(path).parent / "eval" / f"step{pipeline.step}_{kind}_w{config.guidance_scale:g}_steps{config.steps}_seed{config.seed}"
-    speed = draw_samples(pipeline, folder, captions, config)
-    paths, captions = read_pictures(folder)
-    uvit = pipeline.net.config
-    text, image = count_multiply_adds(uvit)
-    result = {
-        "checkpoint": path, "step": pipeline.step, "weights": kind, "fusion": uvit.fusion, "conditioning": uvit.conditioning,
-        "parameters": sum(p.numel() for p in pipeline.net.parameters()), "multiply_adds_text": text, "multiply_adds_per_step": image,
-        "gflops_per_image": 2 * (text + image) / 1e9, "images_per_second": speed, "device": pipeline.device.type,
-        "scores": score_shapes(map(load_picture, paths), captions),
-        "protocol": {"pictures": len(captions), "captions": "the first held-out captions, one picture each", "cache": pipeline.meta["config"],
-                     "sampler": "DPM-Solver++(2M)", "steps": config.steps, "guidance_scale": config.guidance_scale,
-                     "guidance": "eps_uncond + w (eps_cond - eps_uncond)", "seed": config.seed, "detector": "nearest colour, components, fill"}}
-    (Path(path).parent / "eval.json").write_text(json.dumps(result, indent=1))
+class ShapesScorer:
+    """Accuracy by the detector, which needs no weights."""
+
+    def __init__(self, cache: Cache, rows: np.ndarray, captions: list[str], config: Config):
+        images, device = np.load(Path(config.data) / "val_images.npy", mmap_mode="r", allow_pickle=False), choose_device()
+        real = [images[row] for row in rows]
+        autoencoder = load_autoencoder(cache.meta["autoencoder"], cache.autoencoder, config.weights).to(device)
+        mean = torch.from_numpy(cache.val.moments[rows]).to(device).chunk(2, dim=1)[0]
+        with torch.no_grad():
+            decoded = to_uint8(autoencoder.decode(mean)).permute(0, 2, 3, 1).cpu().numpy()
+        self.protocol = {"detector": "nearest colour, connected components, share of the box that is filled"}
+        self.bounds = {"real pictures (ceiling)": self.score(real, captions),
+                       "real, through the autoencoder": self.score(decoded, captions),
+                       "real, captions shuffled (floor)": self.score(real, captions[1:] + captions[:1])}
+        self.about = "Share right in %; FID and CLIP score are for real pictures and are not computed for the shapes."
+
+    def score(self, pictures, captions: list[str]) -> dict:
+        return score_shapes(map(load_picture, pictures), captions)
+
+
+INCEPTION, CLIP = "pt_inception-2015-12-05-6726825d.pth", "clip-vit-large-patch14.bin"
+SCORE_BATCH = 50        # pictures at a time, whatever the --batch_size: the same pictures, the same number
+
+
+def find_weights(given: str, name: str, folder: str) -> Path:
+    """The weight file that is given, or else the public one in `folder`, fetched if it is not there; raises UserError."""
+    if given and not Path(given).is_file():
+        raise UserError(f"{given}: there is no such file.")
+    return Path(given) if given else fetch(name, folder)
+
+
+def batches(pictures: list, device: torch.device, label: str) -> Iterator[torch.Tensor]:
+    """Pictures (S, S, 3) uint8, or their paths -> uint8 (B, 3, S, S) on the device."""
+    for i in tqdm(range(0, len(pictures), SCORE_BATCH), desc=label, unit="batch"):
+        part = np.stack([load_picture(picture) for picture in pictures[i:i + SCORE_BATCH]])
+        yield torch.from_numpy(part).permute(0, 3, 1, 2).to(device)
+
+
+def reference_statistics(data: str, inception: Inception, weights: str, device: torch.device) -> dict[str, np.ndarray]:
+    """Statistics of all held-out pictures of a cache, kept beside them; made anew if they or the weights (a SHA-256) change."""
+    source = Path(data) / "val_images.npy"
+    images = np.load(source, mmap_mode="r", allow_pickle=False)     # (M, S, S, 3) uint8
+    path = source.with_name(f"fid_reference_{len(images)}.npz")
+    if path.exists() and path.stat().st_mtime_ns > source.stat().st_mtime_ns:
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["inception_sha256"]) == weights:
+                return dict(file)
+    statistics = Statistics()
+    for part in batches(images, device, "reference statistics"):
+        statistics.add(inception(part))
+    mu, sigma = statistics.mean_and_covariance()
+    found = {"mu": mu, "sigma": sigma, "inception_sha256": np.array(weights), "pictures_sha256": np.array(sha256(source))}
+    np.savez(path.with_suffix(".tmp.npz"), **found)
+    os.replace(path.with_suffix(".tmp.npz"), path)                  # whole or not at all
+    return found
+
+
+class RealScorer:
+    """FID against all held-out pictures of a cache, and CLIP score; the bounds are the real pairs, matched and shuffled."""
+
+    def __init__(self, cache: Cache, rows: np.ndarray, captions: list[str], config: Config):
+        self.device = choose_device()
+        inception, clip = [find_weights(given, name, config.weights)
+                           for given, name in ((config.inception, INCEPTION), (config.clip, CLIP))]
+        self.inception, self.clip_image, self.clip_text = [
+            load(path).to(self.device)
+            for load, path in ((load_inception, inception), (load_clip_image, clip), (load_clip_text, clip))]
+        hashes = [{"file": path.name, "sha256": sha256(path)} for path in (inception, clip)]
+        self.reference = reference_statistics(config.data, self.inception, hashes[0]["sha256"], self.device)
+        images = np.load(Path(config.data) / "val_images.npy", mmap_mode="r", allow_pickle=False)
+        self.protocol = {
+            "reference": {"split": f"all held-out pictures of {config.data}", "pictures": len(images),
+                          "sha256": str(self.reference["pictures_sha256"])},
+            "resize": f"real pictures: central square, Lanczos to {cache.meta['image_size']}; Inception: bilinear to 299 "
+                      f"without antialiasing; CLIP: Pillow's bicubic to {self.clip_image.side}",
+            "inception": hashes[0], "clip": hashes[1], "clip_prefix": PREFIX}
+        real = [images[row] for row in rows]
+        features = torch.cat([self.clip_image(part).cpu() for part in batches(real, self.device, "real pairs")])
+        half = len(captions) // 2                                   # neighbours in a folder may be alike
+        self.bounds = {"real pairs (ceiling)": self.clip(features, captions),
+                       "real, captions shuffled (floor)": self.clip(features, captions[half:] + captions[:half])}
+        self.about = (f"FID against all {len(images):,} held-out pictures. CLIP score: cosine in {clip.name}, x 100 and "
+                      f"2.5 max(cosine, 0), captions after {PREFIX!r} and without; each picture's is the one it was made from.")
+
+    def clip(self, features: torch.Tensor, captions: list[str]) -> dict:
+        """CLIP scores of pictures with `features` (n, projection) and their captions, with the prefix and without."""
+        scores, length = {}, len(self.clip_text.positional_embedding)
+        for name, prefix in (("clip_prefix", PREFIX), ("clip", "")):
+            tokens = tokenize([prefix + caption for caption in captions], length).to(self.device)
+            with exact_float32(self.device.type):
+                text = torch.cat([self.clip_text(part)[1].cpu() for part in tokens.split(SCORE_BATCH)])
+            scores[name] = summarise_cosines(clip_scores(features, text))
+        return scores
+
+    def score(self, pictures: list, captions: list[str]) -> dict:
+        statistics, features = Statistics(), []
+        for part in batches(pictures, self.device, "scoring"):
+            statistics.add(self.inception(part))
+            features.append(self.clip_image(part).cpu())
+        fid = frechet_distance(*statistics.mean_and_covariance(), self.reference["mu"], self.reference["sigma"])
+        return {"fid": fid} | self.clip(torch.cat(features), captions)
+
+
+# ---- 6. the whole evaluation ----
+
+def warn_about_fid(n: int) -> list[str]:
+    """What must be known before the FID of n pictures is compared with another."""
+    few = f"FID from {n:,} pictures, fewer than its 2,048 features: the covariance is singular and the distance far too high."
+    other = f"FID from {n:,} pictures is not comparable with FID-30k: the fewer the pictures, the higher it is."
+    return [few] * (n < 2048) + [other] * (n < 30_000)
+
+
+def score_pictures(paths: list[Path], captions: list[str], facts: dict, protocol: dict, scorer, cache: Cache) -> dict:
+    """Score the pictures of a folder and leave eval.json there: facts about the model, scores, bounds, protocol."""
+    if not paths:
+        raise UserError("There are no captions, and so no pictures to score.")
+    check_sizes(paths, cache.meta["image_size"])
+    scores = scorer.score(paths, captions)
+    warnings = warn_about_fid(min(len(paths), scorer.protocol["reference"]["pictures"])) if "fid" in scores else []
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                "scipy": scipy.__version__, "pillow": PIL.__version__}
+    protocol = {"pictures": len(paths), "cache": cache.meta["config"]} | protocol | scorer.protocol | {"versions": versions}
+    result = facts | {"scores": scores, "bounds": scorer.bounds, "warnings": warnings, "protocol": protocol}
+    write_json(paths[0].parent / "eval.json", result)
     return result
 
 
-KINDS = ("count", "colour", "shape", "relation", "everything")
+def evaluate_checkpoint(path: str, scales: list[float], captions: list[str], scorer, cache: Cache, config: Config):
+    """Draw and score: a result for each guidance scale; the latest eval.json is copied beside the checkpoint."""
+    pipeline = Pipeline(path, config.raw, config.weights)
+    trained, asked = [f"{meta['dataset']} at {meta['image_size']} pixels" for meta in (pipeline.meta, cache.meta)]
+    if trained != asked:
+        raise UserError(f"{path} was trained on {trained}, but --data={config.data} holds {asked}: name a cache like its own.")
+    kind, uvit, results = "raw" if config.raw else "ema", pipeline.net.config, []
+    text, image = count_multiply_adds(uvit)
+    digest = weights_sha256(pipeline.net)                           # pictures of other weights are never taken for ours
+    for w in scales:
+        folder = Path(path).parent / "eval" / (f"step{pipeline.step}_{kind}_{digest[:8]}_w{w:g}_steps{config.steps}_"
+                                               f"{config.prompts}_seed{config.seed}")
+        speed = draw_samples(pipeline, folder, captions, w, config)
+        if speed is None and (folder / "eval.json").exists():
+            speed = json.loads((folder / "eval.json").read_text())["images_per_second"]
+        facts = {"name": f"{path} at step {pipeline.step}", "checkpoint": path, "step": pipeline.step, "weights": kind,
+                 "weights_sha256": digest, "fusion": uvit.fusion, "conditioning": uvit.conditioning,
+                 "parameters": sum(p.numel() for p in pipeline.net.parameters()), "multiply_adds_text": text,
+                 "multiply_adds_per_step": image, "gflops_per_image": 2 * (text + image) / 1e9, "images_per_second": speed,
+                 "device": pipeline.device.type, "precision": str(choose_precision(pipeline.device)).removeprefix("torch.")}
+        protocol = {"captions": f"{config.prompts}, one for each held-out picture of {config.data}",
+                    "sampler": "DPM-Solver++(2M)", "steps": config.steps, "guidance_scale": w,
+                    "guidance": "eps_uncond + w (eps_cond - eps_uncond)", "seed": config.seed,
+                    "latent_scale": pipeline.latent_scale, "autoencoder": pipeline.meta["autoencoder"],
+                    "text_tower": pipeline.meta["text_tower"]}
+        paths = [folder / f"{i:05d}.png" for i in range(len(captions))]
+        results.append(score_pictures(paths, captions, facts, protocol, scorer, cache))
+        write_json(Path(path).parent / "eval.json", results[-1])
+    return results
 
 
-def format_row(name: str, result: dict | None, scores: dict) -> str:
-    """A row of the Markdown table."""
-    cost = [f"{result['parameters'] / 1e6:.2f}", f"{result['gflops_per_image']:.3f}",
-            f"{result['images_per_second']:.1f}" if result["images_per_second"] else ""] if result else [""] * 3
-    shares = ["" if scores[group][kind] is None else f"{100 * scores[group][kind]:.1f}" for group in ("seen", "unseen") for kind in KINDS]
-    return f"| {' | '.join([name, *cost, *shares])} |"
+def format_row(name: str, result: dict, scores: dict) -> dict[str, str]:
+    """A row of the Markdown table: heading -> cell."""
+    def show(value, digits):
+        return "" if value is None else f"{value:.{digits}f}"
+    row = {"model": name, "w": f"{result['protocol']['guidance_scale']:g}" if "checkpoint" in result else "",
+           "M parameters": show(result["parameters"] / 1e6 if "checkpoint" in result else None, 2),
+           "GFLOPs": show(result.get("gflops_per_image"), 3), "images/s": show(result.get("images_per_second"), 1)}
+    if "seen" in scores:
+        return row | {f"{kind}, {group}": show(None if scores[group][kind] is None else 100 * scores[group][kind], 1)
+                      for group in ("seen", "unseen") for kind in KINDS}
+    return row | {"FID": show(scores.get("fid"), 2)} | {
+        f"CLIP {factor}, {about}": show(scores[key][factor], digits) for key, about in (("clip_prefix", "prefix"), ("clip", "bare"))
+        for factor, digits in (("x 100", 2), ("x 2.5", 4))}
+
+
+def choose_ticks(values: list[float]) -> list[float]:
+    """A few round numbers, the first below all values and the last above."""
+    span = (max(values) - min(values)) or abs(values[0]) or 1
+    step = min((m * 10.0 ** e for e in range(-12, 13) for m in (1, 2, 5)), key=lambda step: abs(math.log(span / step / 5)))
+    first, last = math.floor(min(values) / step), math.ceil(max(values) / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
+def draw_plot(curves: dict[str, list[tuple[float, float, str]]], x_label: str, y_label: str) -> Image.Image:
+    """Lines through points (x, y, note), a colour for each name, with axes."""
+    W, H, left, right, top, bottom = 1920, 1280, 180, 120, 60 + 48 * len(curves), 150    # twice the size, then averaged
+    image, font = Image.new("RGB", (W, H), "white"), ImageFont.load_default(size=30)
+    canvas = ImageDraw.Draw(image)
+    x_ticks, y_ticks = [choose_ticks([point[axis] for points in curves.values() for point in points]) for axis in (0, 1)]
+    def place(x, y):
+        return (left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (W - left - right),
+                H - bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (H - top - bottom))
+    for x in x_ticks:
+        canvas.line([place(x, y_ticks[0]), place(x, y_ticks[-1])], fill="lightgrey", width=2)
+        canvas.text((place(x, 0)[0], H - bottom + 14), f"{x:g}", fill="black", font=font, anchor="ma")
+    for y in y_ticks:
+        canvas.line([place(x_ticks[0], y), place(x_ticks[-1], y)], fill="lightgrey", width=2)
+        canvas.text(place(x_ticks[0], y), f"{y:g}  ", fill="black", font=font, anchor="rm")
+    canvas.text(((left + W - right) / 2, H - 40), x_label, fill="black", font=font, anchor="ms")
+    upright = Image.new("RGB", (H - top - bottom, 44), "white")
+    ImageDraw.Draw(upright).text((upright.width / 2, 22), y_label, fill="black", font=font, anchor="mm")
+    image.paste(upright.rotate(90, expand=True), (16, top))
+    for number, (name, points) in enumerate(curves.items()):
+        colour = ("royalblue", "darkorange", "seagreen", "crimson", "purple", "saddlebrown")[number % 6]
+        canvas.text((left, 40 + 48 * number), name, fill=colour, font=font, anchor="lm")
+        canvas.line([place(x, y) for x, y, _ in points], fill=colour, width=5)
+        for x, y, note in points:
+            canvas.circle(place(x, y), 11, fill=colour)
+            canvas.text(place(x, y), f"  {note}", fill="black", font=font, anchor="ls")
+    return image.reduce(2)
+
+
+def draw_sweep(results: list[dict]) -> Image.Image:
+    """FID against CLIP score, or the share of shapes right against w: a curve for each checkpoint."""
+    curves = {}
+    for result in results:
+        w, scores, name = result["protocol"]["guidance_scale"], result["scores"], result["name"]
+        if "fid" in scores:
+            curves.setdefault(name, []).append((scores["clip_prefix"]["x 100"], scores["fid"], f"w = {w:g}"))
+        else:
+            for group in ("seen", "unseen"):
+                if scores[group]["pictures"]:
+                    curves.setdefault(f"{name}, {group}", []).append((w, 100 * scores[group]["everything"], f"{w:g}"))
+    if "fid" in scores:
+        return draw_plot(curves, "CLIP score (cosine x 100, with prefix)", "FID")
+    return draw_plot(curves, "guidance scale w", "everything right, %")
 
 
 def main(config: Config):
-    checkpoints = config.checkpoint.split(",")
+    try:
+        scales = sorted({float(w) for w in (config.sweep or str(config.guidance_scale)).split(",")})
+    except ValueError:
+        raise UserError(f"--sweep={config.sweep}: expected guidance scales separated by commas, such as 1,1.5,2,3,5.") from None
+    if not all(map(math.isfinite, scales)) or min(config.steps, config.batch_size) < 1:
+        raise UserError(f"guidance scales {scales}, steps={config.steps}, batch_size={config.batch_size}: expected numbers, "
+                        "and 1 or more of the last two.")
     cache = read_cache(config.data)
-    if cache.meta["dataset"] != "shapes":
-        raise UserError(f"--data={config.data} holds {cache.meta['dataset']!r}; only shapes can be scored so far.")
-    n = min(config.n, len(cache.val.pairs))
-    captions = [cache.captions[row] for row in cache.val.pairs[:n, 1]]
-    results = [evaluate_shapes(path, cache, captions, config) for path in checkpoints]
+    rows, captions = choose_prompts(cache, config)
+    scorer = (ShapesScorer if cache.meta["dataset"] == "shapes" else RealScorer)(cache, rows, captions, config)
+    if config.folder:
+        paths, captions = read_pictures(Path(config.folder))
+        n = config.n or len(paths)
+        facts, protocol = {"name": config.folder}, {"captions": "those of its captions.txt"}
+        results = [score_pictures(paths[:n], captions[:n], facts, protocol, scorer, cache)]
+    else:
+        results = [result for path in config.checkpoint.split(",")
+                   for result in evaluate_checkpoint(path.strip(), scales, captions, scorer, cache, config)]
 
-    real = np.load(Path(config.data) / "val_images.npy", mmap_mode="r", allow_pickle=False)[:n]
-    autoencoder = load_autoencoder(cache.meta["autoencoder"], cache.autoencoder, config.weights)
-    mean = torch.from_numpy(cache.val.moments[:n]).chunk(2, dim=1)[0]
-    decoded = to_uint8(autoencoder.decode(mean)).permute(0, 2, 3, 1).numpy()
-    bounds = {"real pictures (ceiling)": score_shapes(real, captions),
-              "real, through the autoencoder": score_shapes(decoded, captions),
-              "real, captions shuffled (floor)": score_shapes(real, captions[1:] + captions[:1])}
-    head = ["model", "M parameters", "GFLOPs", "images/s", *(f"{kind}, {group}" for group in ("seen", "unseen") for kind in KINDS)]
-    print(f"\nShare right in % of {n} held-out captions, w = {config.guidance_scale:g}, {config.steps} steps; GFLOPs per image and "
-          f"step (2 x multiply-adds):\n")
-    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
-    for path, result in zip(checkpoints, results):
-        print(format_row(f"{path} at step {result['step']}", result, result["scores"]))
-    for name, scores in bounds.items():
-        print(format_row(name, None, scores))
-    print("\nFID and CLIP score need the public Inception and CLIP weights, and are not computed for the shapes.")
+    table = [format_row(result["name"], result, result["scores"]) for result in results]
+    table += [format_row(name, {}, scores) for name, scores in scorer.bounds.items()]
+    print(f"\n{results[0]['protocol']['pictures']:,} pictures, {config.steps} steps of DPM-Solver++(2M), guidance scale w; GFLOPs "
+          f"per image and step (2 x multiply-adds).\n{scorer.about}\n")
+    print(f"| {' | '.join(table[0])} |\n|{' --- |' * len(table[0])}")
+    for row in table:
+        print(f"| {' | '.join(row.values())} |")
+    print()
+    for warning in results[0]["warnings"]:
+        print(f"warning: {warning}")
+    if config.sweep and not config.folder:
+        path = Path(results[0]["checkpoint"]).parent / "sweep.png"
+        draw_sweep(results).save(path)
+        print(f"The guidance scale's effect is drawn in {path}.")
 
 
 if __name__ == "__main__":

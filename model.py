@@ -355,18 +355,19 @@ class UViT(nn.Module):
         """zt (B, C, H, W), t (B,) in 1..1000, context (B, L, E) -> predicted noise (B, C, H, W)."""
         return self.denoise(zt, t, self.encode_text(context))
 
+    @torch.no_grad()
     def start_positions_as_waves(self):
         """Start the image positions as sines and cosines of row and column, still learned. U-ViT: normal(0.02).
 
-        With so little training as the default run gets, this makes whole shapes instead of fragments (README, "Where we differ").
+        Wavelengths go from 4 patches to twice the side, so that neighbours are alike and others are not. With so little training
+        as the default run gets, this makes whole shapes instead of fragments (README, "Where we differ").
         """
         side, D = self.config.image_size // self.config.patch_size, self.config.width
-        frequency = 10000 ** (-torch.arange(D // 4) / (D // 4))
-        angle = torch.arange(side)[:, None] * frequency                           # (side, D/4)
+        wavelength = torch.logspace(math.log2(4), math.log2(2 * side), D // 4, base=2)
+        angle = 2 * math.pi * torch.arange(side)[:, None] / wavelength            # (side, D/4)
         wave = torch.cat([angle.sin(), angle.cos()], dim=1)                       # (side, D/2)
         rows, columns = wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)
-        with torch.no_grad():
-            self.positions()[2].copy_(torch.cat([rows, columns], dim=-1).reshape(1, side * side, -1))
+        self.positions()[2].copy_(torch.cat([rows, columns], dim=-1).reshape(1, side * side, -1))
 
 
 def count_multiply_adds(config: UViTConfig) -> tuple[int, int]:
@@ -484,6 +485,4 @@ def load_uvit(checkpoint: dict, weights: str, path: str | Path) -> UViT:
     """The network of a `read_checkpoint`, in evaluation mode; `weights` is "ema" or "model" (raw)."""
     if weights not in checkpoint:
         raise UserError(f"{path} holds no raw weights, only their moving average: leave out --raw=True.")
-    if weights not in checkpoint:
-        raise UserError(f"{path} holds only one set of weights, the moving average: there are no raw ones beside it.")
     return load_strictly(UViT(checkpoint["uvit"]), checkpoint[weights], path).eval().requires_grad_(False)

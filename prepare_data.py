@@ -1,27 +1,44 @@
 """Pictures and captions -> a cache of latents and text features in data/NAME/, which is all that train.py reads.
 
-    python prepare_data.py                         # captioned shapes, drawn here, no download (train.py does it by itself)
-    python prepare_data.py --image_size=64         # the same at 64x64: 256 image tokens, as in the paper
+    python prepare_data.py                                      # captioned shapes, drawn here; train.py does it by itself
+    python prepare_data.py --dataset=coco                       # MS-COCO 2014: 22 GB of downloads, 62 GB of cache
+    python prepare_data.py --dataset=folder --pictures=DIR      # your own pictures and captions
+    python prepare_data.py --autoencoder=kl --text_tower=clip --image_size=256 --out=data/shapes256
 
     pictures --crop, resize--> (3, S, S) --autoencoder--> moments (2C, h, w)      train_moments.npy, val_moments.npy
-    captions --tokenize--> (77,) ids     --text tower---> features (L, E)         text.npy, one row per distinct caption
+    captions --tokenize--> (L,) ids      --text tower---> features (L, E)         text.npy, one row per distinct caption
 
 The autoencoder and the text tower are frozen, so each picture and each caption goes through them once. Moments are cached,
-not samples: the latent is drawn anew at every access, and nothing random is frozen in.
+not samples: the latent is drawn anew at every access, and nothing random is frozen in. The public weights (2 GB) and COCO
+are downloaded if they are not there. Killed at any point, the same command goes on where it stopped.
 
-    meta.json                 written last: a folder without it is not a cache, and preparing again goes on where it stopped
+    meta.json                 written last: a folder without it is not a cache
     captions.txt, text.npy    row i of the features belongs to line i; row 0 is the empty caption, the null context
     train_pairs.npy           (K, 2): picture, caption row; sorted by picture, which may have several captions
+    val_pairs.npy             the same, with the first caption of each held-out picture only
     val_images.npy            (M, S, S, 3) uint8: the held-out pictures, for reference scores
     preview.png               look at it before you train
 
 The shapes: one to five circles, squares and triangles in six colours, captioned by number ("three red circles and two blue
 squares") or by place ("a red circle to the left of a blue square"). A fixed tenth of the combinations never occurs in
-training, and `parse_caption` reads a caption back, so that evaluate.py can check every picture against its caption.
+training, so that evaluate.py, which reads a caption back into its scene, can score unseen ones apart.
+
+Five parts: 1 captioned shapes, 2 public files, 3 COCO and your own pictures, 4 the cache, 5 preparing.
 """
+import csv
 import dataclasses
+import errno
+import hashlib
+import http.client
+import io
+import itertools
 import json
+import math
 import os
+import shutil
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
@@ -29,30 +46,57 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from clip_text import count_truncated, random_clip_text, tokenize, weights_sha256
-from model import UserError, run
+from clip_text import CONTEXT_LEN, count_truncated, load_clip_text, random_clip_text, tokenize, weights_sha256
+from model import UserError, choose_device, run
 from sample import draw_grid
-from vae import LinearAutoencoder, sample_latent, to_uint8, to_unit
+from vae import LinearAutoencoder, load_vae, sample_latent, to_uint8, to_unit
 
 
 @dataclass
 class Config:
-    dataset: str = "shapes"         # the only one so far
+    dataset: str = "shapes"         # or coco, or folder: your own pictures
     out: str = ""                   # folder of the cache; "" = data/DATASET
-    image_size: int = 32            # S, side of the pictures in pixels; a multiple of 32
-    context_len: int = 16           # L, text tokens; a shapes caption has at most 12, start and end included
-    train_images: int = 20_000
-    val_images: int = 1_000         # held-out pictures, every other one with an unseen combination
-    seed: int = 0                   # of the shapes
+    pictures: str = ""              # folder: where your pictures and captions are
+    downloads: str = "downloads"    # coco: where its three archives are, or are downloaded to
+    weights: str = "weights"        # where the public weights are, or are downloaded to
+    seed: int = 0                   # of the shapes and of the random text tower
+    # for these, "" and 0 mean the dataset's own
+    autoencoder: str = ""           # linear (shapes), kl (coco, folder), or a file of KL weights
+    text_tower: str = ""            # random (shapes), clip (coco, folder), or a file of CLIP weights
+    image_size: int = 0             # S, side of the pictures in pixels, a multiple of 32; 32 (shapes), 256 (coco, folder)
+    context_len: int = 0            # L, text tokens; 77, or 16 for shapes with the random tower: their captions need 12
+    train_images: int = 0           # 20,000 (shapes), all there are (coco, folder)
+    val_images: int = 0             # held-out pictures; 1,000 (shapes), 30,000 (coco), a tenth, at most 1,000 (folder)
 
 
+DEFAULTS = {"shapes": {"autoencoder": "linear", "text_tower": "random", "image_size": 32, "train_images": 20_000,
+                       "val_images": 1_000},
+            "coco": {"autoencoder": "kl", "text_tower": "clip", "image_size": 256, "val_images": 30_000},
+            "folder": {"autoencoder": "kl", "text_tower": "clip", "image_size": 256}}
 CACHE_FORMAT = "midfuse-cache-1"
 # Most of a shapes picture is background, so that at standard deviation 1 its few objects would show through the noise even at
 # t = 1000, and a sampler, which starts from noise alone, would start where training never was.
-LATENT_STD = 0.5
+LATENT_STD = 0.5                    # of the linear autoencoder's scaled latents; 1 for the KL autoencoder [LDM]
+
+
+def complete(config: Config) -> Config:
+    """The constants with those of the dataset in place of "" and 0; raises UserError for impossible ones."""
+    if config.dataset not in DEFAULTS:
+        raise UserError(f"--dataset={config.dataset}: expected shapes, coco or folder.")
+    own = {key: value for key, value in DEFAULTS[config.dataset].items() if not getattr(config, key)}
+    config = dataclasses.replace(config, **own)
+    if not config.context_len:
+        short = config.dataset == "shapes" and config.text_tower == "random"
+        config = dataclasses.replace(config, context_len=16 if short else CONTEXT_LEN)
+    if config.image_size % 32 or config.image_size < 32:
+        raise UserError(f"--image_size={config.image_size}: expected a multiple of 32.")
+    if config.context_len < 2 or min(config.train_images, config.val_images) < 0:
+        raise UserError(f"context_len={config.context_len}, train_images={config.train_images}, val_images={config.val_images}: "
+                        f"expected 2 or more tokens, and no negative number of pictures.")
+    return config
 
 
 # ---- 1. captioned shapes ----
@@ -126,13 +170,14 @@ def choose_scene(rng: np.random.Generator, unseen: bool) -> Scene:
 
 
 def place_objects(scene: Scene, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """A cell (row, column) of a 3x3 board for each object: a relation along a line, a count in reading order."""
+    """A cell (row, column) of a 3x3 board for each object: a relation along a line, a count in reading order from any cell on."""
     if scene.relation:
         rows, columns = RELATIONS[scene.relation]
         line, (near, far) = rng.integers(3), np.sort(rng.choice(3, size=2, replace=False))
         first, second = (near, far) if rows + columns < 0 else (far, near)
         return [(first, line), (second, line)] if rows else [(line, first), (line, second)]
-    return [divmod(cell, 3) for cell in np.sort(rng.choice(9, size=len(scene.objects), replace=False))]
+    first = rng.integers(10 - len(scene.objects))
+    return [divmod(first + i, 3) for i in range(len(scene.objects))]
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
@@ -141,8 +186,8 @@ def draw_scene(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
     image = Image.new("RGB", (size * zoom, size * zoom), BACKGROUND)
     canvas, unit = ImageDraw.Draw(image), size * zoom / 32
     for (row, column), (colour, shape) in zip(place_objects(scene, rng), scene.objects):
-        y, x = [(16 + 10.5 * (cell - 1) + rng.uniform(-0.75, 0.75)) * unit for cell in (row, column)]
-        r = rng.uniform(3.4, 3.9) * unit
+        y, x = [(16 + 12 * (cell - 1) + rng.uniform(-0.4, 0.4)) * unit for cell in (row, column)]
+        r = rng.uniform(3.1, 3.5) * unit
         if shape == "circle":
             canvas.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
         elif shape == "square":
@@ -156,8 +201,10 @@ class Shapes:
     """A split of the shapes dataset: picture i is a function of (seed, split, i), on any machine."""
 
     def __init__(self, config: Config, split: str):
+        config = complete(config)
         self.size, self.key = config.image_size, (config.seed, ["train", "val"].index(split))
         count = config.train_images if split == "train" else config.val_images
+        self.names = range(count)
         rng = np.random.default_rng(self.key)
         self.scenes = [choose_scene(rng, unseen=split == "val" and i % 2 == 1) for i in range(count)]
         self.captions = [[scene.caption] for scene in self.scenes]
@@ -166,7 +213,252 @@ class Shapes:
         return draw_scene(self.scenes[i], np.random.default_rng((*self.key, i)), self.size)
 
 
-# ---- 2. the cache ----
+# ---- 2. public files ----
+
+COCO = "http://images.cocodataset.org"              # http: its certificate doesn't cover a name with dots
+HUGGING_FACE = "https://huggingface.co"
+FILES = {       # name here -> (where it is, bytes, SHA-256). COCO publishes no hashes: its three are those of mirrors' copies
+    "annotations_trainval2014.zip": (f"{COCO}/annotations/annotations_trainval2014.zip", 252_872_794,
+                                     "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009"),
+    "train2014.zip": (f"{COCO}/zips/train2014.zip", 13_510_573_713,
+                      "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775"),
+    "val2014.zip": (f"{COCO}/zips/val2014.zip", 6_645_013_297,
+                    "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0"),
+    # The autoencoder as Stable Diffusion 1.4 has it, most likely U-ViT's and the paper's own. The later "ft-mse" and "ft-ema"
+    # share its encoder, so caches would be the same, but decode otherwise, which moves the FID.
+    "kl-f8.bin": (f"{HUGGING_FACE}/CompVis/stable-diffusion-v1-4/resolve/main/vae/diffusion_pytorch_model.bin", 334_707_217,
+                  "1b134cded8eb78b184aefb8805b6b572f36fa77b255c483665dda931fa0130c5"),
+    # OpenAI's own addresses are gone; their ViT-L-14.pt can be given by path.
+    "clip-vit-large-patch14.bin": (f"{HUGGING_FACE}/openai/clip-vit-large-patch14/resolve/main/pytorch_model.bin", 1_710_671_599,
+                                   "f1a17cdbe0f36fec524f5cafb1c261ea3bbbc13e346e0f74fc9eb0460dedd0d3"),
+    "pt_inception-2015-12-05-6726825d.pth": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                                             "pt_inception-2015-12-05-6726825d.pth", 95_628_359,
+                                             "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
+}
+
+
+def check_space(needs: dict[Path, int]):
+    """Say how many bytes are about to be written to each folder; raises UserError if a disk has not the room for its share."""
+    disks = {}                                                      # device -> (free bytes, needed bytes, folders)
+    for folder, size in needs.items():
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        free, needed, folders = disks.get(there.stat().st_dev, (shutil.disk_usage(there).free, 0, []))
+        disks[there.stat().st_dev] = (free, needed + size, [*folders, f"{size / 1e9:,.2f} GB to {folder}"])
+    for free, needed, folders in disks.values():
+        if needed > free:
+            raise UserError(f"There is not enough room: {needed:,} bytes are still to be written ({', '.join(folders)}), and the "
+                            f"disk has {free:,} free; make room, or name another disk with --out, --downloads or --weights.")
+        print(f"disk space: {', '.join(folders)}; {free / 1e9:,.1f} GB are free.")
+
+
+def count_missing(files: dict[Path, int]) -> int:
+    """Bytes still to be written to files of these sizes."""
+    return sum(max(0, size - (path.stat().st_size if path.exists() else 0)) for path, size in files.items())
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_blocks(response):
+    """What a server sends, until its end or until the connection breaks."""
+    try:
+        while block := response.read(1 << 20):
+            yield block
+    except (OSError, http.client.HTTPException):
+        return
+
+
+def download(url: str, size: int, part: Path):
+    """Append to `part` until it has `size` bytes: over a broken connection, and in a later call, it goes on where it stopped."""
+    with open(part, "ab") as file, tqdm(total=size, initial=file.tell(), desc=part.stem, unit="B", unit_scale=True) as bar:
+        while (begin := file.tell()) < size:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-"})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                if response.status != 206:                          # a server that can only begin at the beginning
+                    file.seek(0)
+                    file.truncate()
+                    bar.reset()
+                promised = file.tell() + int(response.headers["Content-Length"] or 0)
+                if promised != size:
+                    raise UserError(f"{url} answers with {promised:,} bytes of {response.headers.get_content_type()}, expected "
+                                    f"{size:,}: another file, or a web page that asks for something; look at it in a browser.")
+                for block in read_blocks(response):
+                    file.write(block)
+                    bar.update(len(block))
+            if file.tell() <= begin:
+                raise ConnectionError("the connection breaks off")
+
+
+def find_download(name: str, folder: str | Path) -> Path:
+    """Where the public file `name` is in `folder`, or its beginning is, or would be."""
+    path = Path(folder) / name
+    return path if path.exists() else path.with_name(f"{name}.part")
+
+
+def fetch(name: str, folder: str | Path) -> Path:
+    """The public file `name` in `folder`, found there or downloaded, with the right SHA-256; raises UserError."""
+    (url, size, expected), path, file = FILES[name], Path(folder) / name, find_download(name, folder)
+    if file != path:
+        check_space({path.parent: count_missing({file: size})})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download(url, size, file)
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"{url} could not be fetched ({error}): run the same command again, which goes on where it stopped, "
+                            f"or fetch it elsewhere and put it here as {path} ({size:,} bytes, SHA-256 {expected}).") from None
+    print(f"checking {file}")
+    found = sha256(file)
+    if found != expected:
+        with open(file, "rb") as start:
+            html = " and looks like HTML" if start.read(512).lstrip().startswith(b"<") else ""
+        raise UserError(f"{file} has {file.stat().st_size:,} bytes, SHA-256 {found}{html}; expected {size:,} bytes, SHA-256 "
+                        f"{expected}, from {url}: delete it and run the same command again, which fetches it anew.")
+    os.replace(file, path)
+    return path
+
+
+# ---- 3. COCO and your own pictures ----
+
+def clean(caption: str) -> str:
+    """One line, one space between words; whatever can't be written as UTF-8 becomes a question mark."""
+    return " ".join(caption.encode(errors="replace").decode().split())
+
+
+def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
+    """An RGB picture -> its central square, then Lanczos [U-ViT]: (size, size, 3) uint8."""
+    side = min(image.size)
+    x, y = (image.width - side) // 2, (image.height - side) // 2
+    return np.asarray(image.crop((x, y, x + side, y + side)).resize((size, size), Image.Resampling.LANCZOS))
+
+
+class Coco:
+    """A split of MS-COCO 2014, read straight out of its archive: pictures by image id, captions in their file's order [U-ViT].
+
+    The first 30,000 validation pictures by id are those of the paper's own evaluation.
+    """
+
+    def __init__(self, config: Config, split: str, annotations: dict):
+        captions = {image["id"]: [] for image in annotations["images"]}
+        for annotation in annotations["annotations"]:
+            captions[annotation["image_id"]].append(clean(annotation["caption"]))
+        images = sorted((image for image in annotations["images"] if captions[image["id"]]), key=lambda image: image["id"])
+        images = images[:(config.train_images if split == "train" else config.val_images) or None]
+        self.size, self.archive = config.image_size, None
+        self.names = [f"{split}2014/{image['file_name']}" for image in images]
+        self.captions = [captions[image["id"]] for image in images]
+
+    def open(self, archive: Path):
+        self.archive = zipfile.ZipFile(archive)
+
+    def load(self, i: int) -> np.ndarray:
+        with self.archive.open(self.names[i]) as file, Image.open(file) as image:
+            return crop_and_resize(image.convert("RGB"), self.size)         # a few are grey
+
+
+def open_coco(config: Config) -> tuple[Coco, Coco]:
+    """(training, held-out) with captions; the pictures are there after `open`."""
+    with zipfile.ZipFile(fetch("annotations_trainval2014.zip", config.downloads)) as archive:
+        files = {split: json.loads(archive.read(f"annotations/captions_{split}2014.json")) for split in ("train", "val")}
+    return tuple(Coco(config, split, annotations) for split, annotations in files.items())
+
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture -> RGB: upright as its EXIF data say, 16 bits cut to 8, transparent places white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers")
+    if image.mode.startswith("I"):                                  # 16-bit grey, which Pillow would clip at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class Folder:
+    """Some of the user's own pictures, each with its captions."""
+
+    def __init__(self, config: Config, captions: dict[str, list[str]]):
+        self.size, self.folder = config.image_size, Path(config.pictures)
+        self.names, self.captions = list(captions), list(captions.values())
+
+    def load(self, i: int) -> np.ndarray:
+        with Image.open(self.folder / self.names[i]) as image:
+            return crop_and_resize(to_rgb(image), self.size)
+
+    def check(self, i: int) -> str:
+        """Why picture i can't be read, or ""."""
+        try:
+            self.load(i)
+            return ""
+        except Exception as error:      # a decoder can stumble over a broken file in any way
+            return f"{self.names[i]} ({type(error).__name__}: {error})"
+
+
+def read_captions(folder: Path) -> dict[str, list[str]]:
+    """Picture -> captions: from the .jsonl or .csv in the folder, if there is one, else from .txt files beside the pictures.
+
+    A .txt has one caption a line; a .jsonl lines with "file_name" and "text", a caption or a list of them; a .csv columns of
+    these names, and as many rows for a picture as it has captions.
+    """
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    captions = {path.relative_to(folder).as_posix(): [] for path in pictures}
+    tables = sorted(path for path in folder.iterdir() if path.suffix in (".jsonl", ".csv"))
+    if len(tables) > 1:
+        names = ", ".join(path.name for path in tables[:5])
+        raise UserError(f"{folder} has several tables of captions ({names}): leave only one of them there.")
+    for table in tables:
+        with open(table, encoding="utf-8-sig", errors="replace", newline="") as file:
+            rows = csv.DictReader(file) if table.suffix == ".csv" else map(json.loads, filter(str.strip, file))
+            number = 0
+            try:
+                for number, row in enumerate(rows, start=1):
+                    texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
+                    captions.setdefault(row["file_name"], []).extend(map(clean, texts))
+            except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
+                raise UserError(f"{table}, after {number} rows: {error!r}; expected file_name and text in each.") from None
+    for path in pictures if not tables else []:
+        if path.with_suffix(".txt").exists():
+            lines = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            captions[path.relative_to(folder).as_posix()] = list(map(clean, lines))
+    return {name: [text for text in texts if text] for name, texts in captions.items()}
+
+
+def say_skipped(why: str, names: list[str]):
+    if names:
+        print(f"skipped, {why}: {len(names):,} pictures: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+
+
+def open_folder(config: Config) -> tuple[Folder, Folder]:
+    """(training, held-out); every picture is decoded once to see whether it can be."""
+    if not config.pictures or not Path(config.pictures).is_dir():
+        raise UserError(f"--pictures={config.pictures}: expected the folder of your pictures and their captions.")
+    captions = read_captions(Path(config.pictures))
+    say_skipped("without a caption", [name for name, texts in captions.items() if not texts])
+    captions = {name: texts for name, texts in sorted(captions.items()) if texts}
+    everything = Folder(config, captions)
+    with ThreadPoolExecutor() as pool:
+        reasons = list(tqdm(pool.map(everything.check, range(len(captions))), total=len(captions), desc="checking pictures"))
+    say_skipped("can't be read", [reason for reason in reasons if reason])
+    names = [name for name, reason in zip(captions, reasons) if not reason]
+    count = config.val_images or min(1000, -(-len(names) // 10))
+    if len(names) <= count:
+        raise UserError(f"{config.pictures} has {len(names)} readable pictures with captions: too few to hold out {count} of "
+                        f"them (--val_images) and train on the others.")
+    held_out = set(sorted(names, key=lambda name: hashlib.sha256(repr(name).encode()).digest())[:count])    # always the same
+    train = [name for name in names if name not in held_out][:config.train_images or None]
+    return tuple(Folder(config, {name: captions[name] for name in part}) for part in (train, sorted(held_out)))
+
+
+OPEN = {"shapes": lambda config: (Shapes(config, "train"), Shapes(config, "val")), "coco": open_coco, "folder": open_folder}
+
+
+# ---- 4. the cache ----
 
 @dataclass
 class Split:
@@ -207,105 +499,220 @@ def read_cache(folder: str | Path) -> Cache:
 
 def write_json(path: Path, content: dict):
     """Whole or not at all."""
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1))
+    with open(path.with_suffix(".tmp"), "w") as file:
+        file.write(json.dumps(content, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 
 
 class Progress:
-    """Arrays that are filled in parts; how far each has come is in progress.json, so that an interrupted call goes on there."""
+    """Arrays that are filled in parts; progress.json says how many rows of each have reached the disk, and there one goes on.
+
+    Rows are appended with ordinary writes: on a full disk these raise an error, where a write through a memory map crashes.
+    """
     PART = 512
 
-    def __init__(self, folder: Path, config: Config):
-        self.path, self.state = folder / "progress.json", {"config": dataclasses.asdict(config), "rows": {}}
-        if self.path.exists():
-            old = json.loads(self.path.read_text())
-            if old["config"] == self.state["config"]:
+    def __init__(self, folder: Path, made_with: dict):
+        self.folder, self.state = folder, {"made_with": made_with, "rows": {}}
+        if (folder / "progress.json").exists():
+            old = json.loads((folder / "progress.json").read_text())
+            if old.get("made_with") == made_with:
                 self.state = old
             else:
                 print(f"{folder} was begun with other constants; it is made anew.")
+        write_json(folder / "progress.json", self.state)
 
-    def fill(self, name: str, shape: tuple, dtype, produce):
-        """folder/name.npy of `shape`, in which produce(i, j) gives rows i..j-1."""
-        rows, path = self.state["rows"], self.path.parent / f"{name}.npy"
-        begin = rows.get(name, 0) if path.exists() else 0
-        array = np.lib.format.open_memmap(path, mode="r+" if begin else "w+", dtype=dtype, shape=shape)
-        with tqdm(total=shape[0], initial=begin, desc=name, unit="row") as bar:
-            for i in range(begin, shape[0], self.PART):
-                j = min(i + self.PART, shape[0])
-                array[i:j] = produce(i, j)
-                array.flush()
-                rows[name] = j
-                write_json(self.path, self.state)
-                bar.update(j - i)
-        return array
+    def fill(self, name: str, shape: tuple, dtype: type, produce):
+        """folder/name.npy of `shape`; produce(i, j) yields rows i..j-1, any number at a time."""
+        start, row = io.BytesIO(), math.prod(shape[1:]) * np.dtype(dtype).itemsize
+        np.lib.format.write_array_header_1_0(start, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+        header = start.getvalue()
+        with open(self.folder / f"{name}.npy", "a+b") as file:
+            there = (file.tell() - len(header)) // row                  # a power cut can leave fewer rows than were recorded
+            file.seek(0)
+            begin = min(self.state["rows"].get(name, 0), there) if file.read(len(header)) == header else 0
+            begin -= begin % self.PART if begin < shape[0] else 0
+            file.truncate(len(header) + begin * row if begin else 0)    # and a kill can leave half a part more
+            if not begin:
+                file.write(header)
+            with tqdm(total=shape[0], initial=begin, desc=name, unit="row") as bar:
+                for i in range(begin, shape[0], self.PART):
+                    j = min(i + self.PART, shape[0])
+                    for rows in produce(i, j):
+                        file.write(np.ascontiguousarray(rows, dtype=dtype).tobytes())
+                        bar.update(len(rows))
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self.state["rows"][name] = j
+                    write_json(self.folder / "progress.json", self.state)
+        return np.load(self.folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+
+
+# ---- 5. preparing ----
+
+BATCH = 64
+
+
+def load_pictures(source, i: int, j: int):
+    """Yields pictures i..j-1 in batches (B, S, S, 3) uint8, read by several threads meanwhile."""
+    with ThreadPoolExecutor() as pool:
+        pictures = pool.map(source.load, range(i, j))
+        while batch := list(itertools.islice(pictures, BATCH)):
+            yield np.stack(batch)
+
+
+def encode_pictures(autoencoder, device: torch.device, batches):
+    """Pictures (B, S, S, 3) uint8 -> moments (B, 2C, h, w), batch by batch."""
+    for pictures in batches:
+        yield autoencoder.encode(to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device))).cpu().numpy()
+
+
+def encode_captions(text_tower, device: torch.device, captions: list[str], context_len: int):
+    """Captions -> features (B, L, E), batch by batch."""
+    for i in range(0, len(captions), BATCH):
+        yield text_tower(tokenize(captions[i:i + BATCH], context_len).to(device))[0].cpu().numpy()
+
+
+PUBLIC = {"autoencoder": ("kl", "kl-f8.bin", "the KL autoencoder of Stable Diffusion 1.4, f8"),
+          "text_tower": ("clip", "clip-vit-large-patch14.bin", "CLIP ViT-L/14")}
+
+
+def describe_network(config: Config, flag: str) -> dict:
+    """meta["autoencoder"] or meta["text_tower"], which `load_autoencoder` and `load_text_tower` read; public weights are fetched.
+
+    A file is named by its place in the folder of weights, or in full if it is elsewhere.
+    """
+    (kind, public, about), choice, weights = PUBLIC[flag], getattr(config, flag), Path(config.weights).resolve()
+    stand_in = {"autoencoder": {"kind": "linear", "about": "closed-form principal components of 4x4 patches, a stand-in for "
+                                                               "the KL autoencoder"},
+                "text_tower": {"kind": "random", "seed": config.seed, "context_len": config.context_len,
+                               "about": "small, random and frozen, a stand-in for CLIP's"}}[flag]
+    if choice == stand_in["kind"]:
+        return stand_in
+    if choice == kind:
+        fetch(public, config.weights)
+        return {"kind": kind, "file": public, "sha256": FILES[public][2], "about": about}
+    path = Path(choice).resolve()
+    if not path.is_file():
+        raise UserError(f"--{flag}={choice}: expected {stand_in['kind']}, {kind} or a file of weights.")
+    file = path.relative_to(weights).as_posix() if path.is_relative_to(weights) else str(path)
+    return {"kind": kind, "file": file, "sha256": sha256(path), "about": f"{kind}, weights of {path.name}"}
+
+
+def measure_scale(moments: np.ndarray, latent_std: float) -> tuple[float, float]:
+    """(the factor that brings the latents of all pictures to standard deviation `latent_std`, their mean before it).
+
+    For COCO and the KL autoencoder expect U-ViT's 0.23010, give or take little; 0.18215 is Stable Diffusion's, of other pictures.
+    """
+    total, squares, size = 0.0, 0.0, 0
+    for i in range(0, len(moments), 512):
+        part = torch.from_numpy(moments[i:i + 512])
+        noise = torch.randn(len(part), part.shape[1] // 2, *part.shape[2:], generator=torch.Generator().manual_seed(i))
+        z = sample_latent(part, noise).double()
+        total, squares, size = total + z.sum().item(), squares + z.square().sum().item(), size + z.numel()
+    mean = total / size
+    return latent_std * (squares / size - mean ** 2) ** -0.5, mean
 
 
 @torch.no_grad()
-def main(config: Config):
-    if config.dataset != "shapes":
-        raise UserError(f"--dataset={config.dataset}: expected shapes.")
-    if config.image_size % 32 or config.image_size < 32:
-        raise UserError(f"--image_size={config.image_size}: expected a multiple of 32.")
-    folder = Path(config.out or f"data/{config.dataset}")
-    if (folder / "meta.json").exists():
-        made_with = json.loads((folder / "meta.json").read_text())["config"]
-        if made_with != dataclasses.asdict(config):
-            raise UserError(f"{folder} was made with {made_with}: to keep it, name another folder with --out=FOLDER; else delete it.")
-        return print(f"{folder} is complete; nothing to do.")
+def prepare(config: Config, made_with: dict, folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
-    progress = Progress(folder, config)
+    train, val = OPEN[config.dataset](config)
+    val.captions = [captions[:1] for captions in val.captions]
+    captions = ["", *sorted({caption for source in (train, val) for captions in source.captions for caption in captions} - {""})]
+
+    # the frozen networks; the stand-ins stay on the CPU, where they give the same bits whatever the machine
+    about_autoencoder, about_tower = [describe_network(config, flag) for flag in PUBLIC]
+    contents = hashlib.sha256(repr([(list(source.names), source.captions) for source in (train, val)]).encode()).hexdigest()
+    progress = Progress(folder, {"config": made_with, "networks": [about_autoencoder, about_tower], "contents": contents})
+    linear, random, weights = about_autoencoder["kind"] == "linear", about_tower["kind"] == "random", Path(config.weights)
+    device, text_device = [torch.device("cpu") if stand_in else choose_device() for stand_in in (linear, random)]
+    autoencoder = LinearAutoencoder() if linear else load_vae(weights / about_autoencoder["file"]).to(device)
+    if random:
+        text_tower = random_clip_text(config.seed, config.context_len)
+        about_tower = about_tower | {"sha256": weights_sha256(text_tower)}
+    else:
+        text_tower = load_clip_text(weights / about_tower["file"]).to(text_device)
+    longest, text_width = text_tower.positional_embedding.shape
+    if config.context_len > longest:
+        raise UserError(f"--context_len={config.context_len}: the text tower takes at most {longest} tokens.")
+
+    # The plan. The features of all training captions, and of one for each held-out picture, are kept in float16: for COCO 444,000
+    # of 77 x 768 numbers, 53 GB. The other way, the text tower in the training loop, costs 14% more work in each of a million
+    # steps, and the loop would know two kinds of data. The price is reading 256 rows of 118 kB a step, in the background. Measured
+    # with one thread on a disk of 600 MB/s: 450 rows/s from the disk, 3,900 from memory; so take an SSD, or 64 GB of memory.
+    S, N, M = config.image_size, len(train.names), len(val.names)
+    moments_shape = autoencoder.encode(torch.zeros(1, 3, S, S, device=device)).shape[1:]                    # (2C, h, w)
+    latent_shape = (moments_shape[0] // 2, *moments_shape[1:])
+    arrays = {"val_images": ((M, S, S, 3), np.uint8), "val_moments": ((M, *moments_shape), np.float32),
+              "train_moments": ((N, *moments_shape), np.float32),
+              "text": ((len(captions), config.context_len, text_width), np.float16)}
+    archives = [name for name in ("train2014.zip", "val2014.zip") if config.dataset == "coco"]
+    small = 4_000_000 + sum(len(caption.encode()) + 1 for caption in captions) + 16 * sum(map(len, train.captions + val.captions))
+    files = {folder / f"{name}.npy": 128 + math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in arrays.items()}
+    missing = count_missing({find_download(name, config.downloads): FILES[name][1] for name in archives})
+    check_space({folder: count_missing(files) + small} | ({Path(config.downloads): missing} if archives else {}))
+    print(f"time: {N + M:,} pictures go through the {about_autoencoder['kind']} autoencoder ({device.type}), {len(captions):,} "
+          f"captions through the {about_tower['kind']} text tower ({text_device.type}); each bar tells how long, after a first batch.")
 
     # pictures -> moments
-    train, val = Shapes(config, "train"), Shapes(config, "val")
-    def pictures(source, i, j):
-        return torch.from_numpy(np.stack([source.load(k) for k in range(i, j)])).permute(0, 3, 1, 2)    # (B, 3, S, S) uint8
-    sample = min(4096, len(train.captions))
-    autoencoder = LinearAutoencoder().fit(to_unit(pictures(train, 0, sample)))
-    np.savez(folder / "autoencoder.npz", **{key: value.numpy() for key, value in autoencoder.state_dict().items()})
-    latent_shape = (autoencoder.CHANNELS, config.image_size // autoencoder.PATCH, config.image_size // autoencoder.PATCH)
-    moments_shape = (2 * latent_shape[0], *latent_shape[1:])
-    def moments(source):
-        return lambda i, j: autoencoder.encode(to_unit(pictures(source, i, j))).numpy()
-    train_moments = progress.fill("train_moments", (len(train.captions), *moments_shape), np.float32, moments(train))
-    progress.fill("val_moments", (len(val.captions), *moments_shape), np.float32, moments(val))
-    progress.fill("val_images", (len(val.captions), config.image_size, config.image_size, 3), np.uint8,
-                  lambda i, j: np.stack([val.load(k) for k in range(i, j)]))
+    for source, name in zip((train, val), archives):
+        source.open(fetch(name, config.downloads))
+    if linear:
+        pictures = np.concatenate(list(load_pictures(train, 0, min(4096, N))))
+        autoencoder.fit(to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2)))
+        np.savez(folder / "autoencoder.npz", **{key: value.numpy() for key, value in autoencoder.state_dict().items()})
+    val_images = progress.fill("val_images", *arrays["val_images"], lambda i, j: load_pictures(val, i, j))
+    progress.fill("val_moments", *arrays["val_moments"], lambda i, j: encode_pictures(
+        autoencoder, device, (val_images[k:min(k + BATCH, j)] for k in range(i, j, BATCH))))
+    train_moments = progress.fill("train_moments", *arrays["train_moments"],
+                                  lambda i, j: encode_pictures(autoencoder, device, load_pictures(train, i, j)))
 
-    # captions -> features, once for each distinct one; the empty caption comes first
-    captions = ["", *sorted({caption for source in (train, val) for captions in source.captions for caption in captions} - {""})]
+    # captions -> features
     row = {caption: i for i, caption in enumerate(captions)}
     (folder / "captions.txt").write_text("".join(caption + "\n" for caption in captions), encoding="utf-8")
     for split, source in (("train", train), ("val", val)):
         pairs = [(i, row[caption]) for i, captions_of in enumerate(source.captions) for caption in captions_of]
         np.save(folder / f"{split}_pairs.npy", np.array(pairs, dtype=np.int64))
-    text_tower = random_clip_text(config.seed, config.context_len)
-    progress.fill("text", (len(captions), config.context_len, text_tower.ln_final.normalized_shape[0]), np.float16,
-                  lambda i, j: text_tower(tokenize(captions[i:j], config.context_len))[0].numpy())
-    truncated = count_truncated(captions, config.context_len)
+    L = config.context_len
+    progress.fill("text", *arrays["text"], lambda i, j: encode_captions(text_tower, text_device, captions[i:j], L))
+    truncated = sum(count_truncated([caption], L) for caption in tqdm(captions, desc="counting tokens", delay=2))
     if truncated:
-        print(f"{truncated} captions are longer than {config.context_len} tokens and were cut short.")
+        print(f"{truncated:,} captions are longer than {L} tokens and were cut short.")
 
-    # the scale that brings the latents of all training pictures to standard deviation LATENT_STD
-    total, squares, size = 0.0, 0.0, 0
-    for i in range(0, len(train_moments), Progress.PART):
-        part = torch.from_numpy(train_moments[i:i + Progress.PART])
-        z = sample_latent(part, torch.randn(len(part), *latent_shape, generator=torch.Generator().manual_seed(i))).double()
-        total, squares, size = total + z.sum().item(), squares + z.square().sum().item(), size + z.numel()
-    mean = total / size
-    scale = LATENT_STD * (squares / size - mean ** 2) ** -0.5
-
-    draw_grid(to_uint8(autoencoder.decode(sample_latent(torch.from_numpy(train_moments[:24]), torch.zeros(24, *latent_shape)))),
-              [source_captions[0] for source_captions in train.captions[:24]], columns=8).save(folder / "preview.png")
+    latent_std = LATENT_STD if linear else 1.0
+    scale, mean = measure_scale(train_moments, latent_std)
+    shown = torch.from_numpy(train_moments[:24])
+    decoded = to_uint8(autoencoder.decode(shown.chunk(2, dim=1)[0].to(device))).cpu()
+    draw_grid(decoded, [captions_of[0] for captions_of in train.captions[:24]], columns=8).save(folder / "preview.png")
     write_json(folder / "meta.json", {
-        "format": CACHE_FORMAT, "dataset": config.dataset, "image_size": config.image_size, "config": dataclasses.asdict(config),
-        "train_images": len(train.captions), "val_images": len(val.captions), "captions": len(captions), "truncated": truncated,
-        "null_context": "row 0 of text.npy, the empty caption", "latent_shape": latent_shape, "latent_scale": scale, "latent_mean": mean, "latent_std": LATENT_STD,
-        "autoencoder": {"kind": "linear", "about": "closed-form principal components of 4x4 patches, a stand-in for the KL autoencoder"},
-        "text_tower": {"kind": "random", "seed": config.seed, "context_len": config.context_len, "sha256": weights_sha256(text_tower),
-                       "about": "small, random and frozen, a stand-in for CLIP's"}})
+        "format": CACHE_FORMAT, "dataset": config.dataset, "image_size": S, "config": made_with,
+        "train_images": N, "val_images": M, "captions": len(captions), "truncated": truncated, "contents": contents,
+        "null_context": "row 0 of text.npy, the empty caption", "latent_shape": latent_shape,
+        "latent_scale": scale, "latent_mean": mean, "latent_std": latent_std,
+        "autoencoder": about_autoencoder, "text_tower": about_tower})
     (folder / "progress.json").unlink()
-    print(f"{folder}: {len(train.captions):,} training and {len(val.captions):,} held-out pictures, {len(captions):,} distinct captions; "
+    print(f"{folder}: {N:,} training and {M:,} held-out pictures, {len(captions):,} distinct captions; "
           f"latents {latent_shape}, scale {scale:.4f}. Look at {folder / 'preview.png'}.")
+
+
+def main(config: Config):
+    config = complete(config)
+    folder = Path(config.out or f"data/{config.dataset}")
+    made_with = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "downloads", "weights")}
+    if (folder / "meta.json").exists():
+        before = json.loads((folder / "meta.json").read_text())["config"]
+        if before != made_with:
+            raise UserError(f"{folder} was made with {before}: to keep it, name another folder with --out=FOLDER; else delete it.")
+        return print(f"{folder} is complete; nothing to do.")
+    try:
+        prepare(config, made_with, folder)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(f"The disk is full ({error}); nothing is lost: make room and run the same command again, which goes on "
+                        f"where it stopped.") from None
 
 
 if __name__ == "__main__":

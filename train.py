@@ -51,6 +51,7 @@ from vae import load_autoencoder, sample_latent, to_uint8
 class Config:
     # the run
     data: str = "data/shapes"       # a folder made by prepare_data.py
+    weights: str = "weights"        # folder of the public weights; the sample grids need the autoencoder
     name: str = "shapes"            # results go to out/NAME; if that is taken, to out/NAME-2 and so on
     resume: bool = False            # True: go on with out/NAME/last.pt
     seed: int = 0
@@ -64,9 +65,9 @@ class Config:
     fuse_shift: int = 0
     patch_size: int = 1
     width: int = 128
-    heads: int = 4
+    heads: int = 2                  # of dimension 64, as in the paper
     # optimisation
-    steps: int = 3750
+    steps: int = 3800
     batch_size: int = 32            # pictures at a time, over all GPUs
     grad_accum: int = 1             # batches per step
     learning_rate: float = 3e-3     # U-ViT: 2e-4, for a million steps
@@ -214,7 +215,7 @@ class Drawer:
         self.captions, self.config = [cache.captions[row] for row in rows], config
         self.context = torch.from_numpy(cache.text[rows]).float().to(device)
         self.null_context, self.scale = torch.from_numpy(cache.text[0]).float().to(device), cache.meta["latent_scale"]
-        self.autoencoder = load_autoencoder(cache.meta["autoencoder"], cache.autoencoder, "weights").to(device)
+        self.autoencoder = load_autoencoder(cache.meta["autoencoder"], cache.autoencoder, config.weights).to(device)
 
     def draw(self, nets: list[UViT], path: Path):
         rows = torch.arange(len(self.captions))
@@ -479,7 +480,8 @@ def main(config: Config):
     if step < config.steps:
         return say(f"Stopped at step {step:,}; go on with: {command_line(config, resume=True)}")
     if config.score and cache.meta["dataset"] == "shapes":
-        evaluate.main(evaluate.Config(checkpoint=str(folder / "last.pt"), guidance_scale=config.guidance_scale, steps=config.sample_steps))
+        evaluate.main(evaluate.Config(checkpoint=str(folder / "last.pt"), data=config.data,
+                                      guidance_scale=config.guidance_scale, steps=config.sample_steps))
     prompt = shlex.quote(f"--prompt={cache.captions[cache.val.pairs[0, 1]]}")
     say(f"Look at {folder / 'samples'}; then draw with:\n  python sample.py --checkpoint={folder / 'last.pt'} {prompt}")
 

@@ -272,7 +272,8 @@ def load_autoencoder(description: dict, state: dict | None, folder: str | Path) 
     if not path.is_file():
         digest = f" (SHA-256 {expected})" if expected else ""
         raise UserError(f"{path} is missing, the autoencoder that the data was encoded with: "
-                        f"fetch {path.name}{digest} and put it into {path.parent}.")
+                        f"fetch {path.name}{digest} and put it into {path.parent} "
+                        f"(addresses of public weights: FILES in prepare_data.py).")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if expected not in (None, found):

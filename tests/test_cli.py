@@ -167,4 +167,4 @@ def test_the_scripts_answer_from_a_shell():
     assert wrong_err.startswith("error: --width is not a constant of this script; did you mean --")
     assert wrong_err.count("\n") == 1 and wrong_out == ""
     assert help_err == "" and help_out.startswith(importlib.import_module("prepare_data").__doc__.strip())
-    assert "  --image_size=32" in help_out
+    assert "  --dataset=\"shapes\"" in help_out

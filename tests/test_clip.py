@@ -20,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import clip_text
 from clip_text import (CLIPText, count_truncated, encode, load_clip_text, load_text_tower, openai_names, random_clip_text,
                        tokenize, weights_sha256)
-from evaluate import PREFIX, clip_scores, format_clip_score, load_clip_image, preprocess
+from evaluate import PREFIX, clip_scores, load_clip_image, preprocess, summarise_cosines
 from model import UserError, load_strictly
 
 TEXT = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=1, projection_dim=32)
@@ -470,7 +470,7 @@ def test_towers_of_two_models_are_refused():
         clip_scores(torch.ones(4, 512), torch.ones(4, 768))
 
 
-def test_the_line_has_the_three_scores_and_clips_each_cosine_at_zero():
-    line = format_clip_score(torch.tensor([0.5, -0.1]), "ViT-L-14.pt")
-    assert "cosine 0.2000 " in line and "x 100: 20.00 " in line and "0.6250 " in line       # 2.5 (0.5 + 0) / 2
-    assert "ViT-L-14.pt" in line and PREFIX == "A photo depicts " and PREFIX in line
+def test_the_three_scores_are_of_the_same_cosines_and_only_one_is_clipped_at_zero():
+    scores = summarise_cosines(torch.tensor([0.5, -0.1]))
+    assert scores == pytest.approx({"cosine": 0.2, "x 100": 20.0, "x 2.5": 0.625})            # 2.5 (0.5 + 0) / 2
+    assert PREFIX == "A photo depicts "
