@@ -206,7 +206,7 @@ class Block(nn.Module):
         """Merge (B, S, D) with a skip (B, S', D) on the tokens that both have: the first min(S, S')."""
         shared = min(x.shape[1], skip.shape[1])
         merged = self.skip_linear(torch.cat([x[:, :shared], skip[:, :shared]], dim=-1))
-        return torch.cat([merged.to(x.dtype), x[:, shared:]], dim=1)             # float32 also where autocast's is not
+        return torch.cat([merged.to(x.dtype), x[:, shared:]], dim=1)             # not autocast's type: it stays float32
 
     def forward(self, x, text_keys_values=None):                                  # (B, S, D)
         x = x + self.attn(self.norm1(x), text_keys_values)

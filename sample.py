@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
-from clip_text import CLIPText, load_text_tower, tokenize, count_truncated
+from clip_text import count_truncated, load_text_tower, tokenize
 from model import UserError, UViT, autocast, choose_device, load_uvit, noise_schedule, read_checkpoint, run
 from vae import load_autoencoder, to_uint8
 

@@ -2,7 +2,7 @@
 
     python train.py                                             # captioned shapes; makes data/shapes first; no GPU needed
     python train.py --fusion=early --name=early                 # the U-ViT baseline, from the same constants
-    python train.py --name=early --resume=True                  # go on after Ctrl-C, a crash or a power cut: exactly
+    python train.py --resume=True                               # go on after Ctrl-C, a crash or a power cut: exactly
     torchrun --standalone --nproc_per_node=4 train.py           # several GPUs
 
 Edit a constant below and run again, or override it with --key=value. One step, in the order of `main`:
@@ -22,11 +22,11 @@ never costs the one before), log.csv, and samples/step_000500.png: the same prom
 import copy
 import csv
 import dataclasses
+import datetime
 import math
 import os
 import shlex
 import signal
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -65,7 +65,7 @@ class Config:
     fuse_shift: int = 0
     patch_size: int = 1
     width: int = 128
-    heads: int = 2                  # of dimension 64, as in the paper
+    heads: int = 4
     # optimisation
     steps: int = 3800
     batch_size: int = 32            # pictures at a time, over all GPUs
@@ -76,6 +76,7 @@ class Config:
     betas: float = 0.9              # both of AdamW's [U-ViT]
     weight_decay: float = 0.03      # of every parameter [U-ViT]
     grad_clip: float = 1.0          # U-ViT: none
+    t_power: float = 0.4            # t = 1000 u^t_power, u uniform: below 1, more of the noisy steps; U-ViT: 1
     p_uncond: float = 0.1           # share of the pairs trained without text [CFG]
     ema_decay: float = 0.999        # U-ViT: 0.9999
     init_std: float = 0.06          # of the linear weights; U-ViT: 0.02 at width 512
@@ -104,7 +105,7 @@ def start_processes() -> tuple[int, int, torch.device]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return dist.get_rank(), dist.get_world_size(), choose_device()
 
 
@@ -165,13 +166,26 @@ class Batches:
         generator = seeded(self.config.seed, 2, step, device=self.device)
         moments_shape, latent_shape = self.moments.shape[1:], (self.moments.shape[1] // 2, *self.moments.shape[2:])
         noise, eps = torch.randn((2, size, *latent_shape), generator=generator, device=self.device)
-        t = torch.randint(1, 1001, (size,), generator=generator, device=self.device)
-        batches = []
-        for part in torch.arange(size).chunk(self.config.grad_accum):
-            mine = part.chunk(self.world)[self.rank]
+        u = torch.rand(size, generator=generator, device=self.device)
+        t = (1000 * u ** self.config.t_power).ceil().clamp(1, 1000).long()
+        batches, share = [], self.config.batch_size // self.world
+        for i in range(self.config.grad_accum):
+            first = i * self.config.batch_size + self.rank * share
+            mine = slice(first, first + share)
             z0 = self.scale * sample_latent(self.rows(self.moments, pictures[mine]), noise[mine])
             batches.append((z0, eps[mine], t[mine], self.rows(self.text, text_rows[mine])))
         return batches
+
+    def stream(self, start: int, stop: int):
+        """The batches of steps start..stop-1; on CUDA each is read while the step before is computed."""
+        if self.device.type != "cuda":          # on a CPU a second thread would only get in the way of the first's
+            yield from map(self.read, range(start, stop))
+            return
+        with ThreadPoolExecutor(1) as reader:
+            pending = reader.submit(self.read, start)
+            for step in range(start, stop):
+                batches, pending = pending.result(), reader.submit(self.read, step + 1)
+                yield batches
 
 
 # ---- 3. loss ----
@@ -201,7 +215,7 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, net, alpha_bar, precision) -> float:
-        losses = [compute_loss(net, alpha_bar, precision, *part).double() * len(part[0]) for part in self.batches]
+        losses = [compute_loss(net, alpha_bar, precision, *part) * len(part[0]) for part in self.batches]
         return (torch.stack(losses).sum() / sum(len(part[0]) for part in self.batches)).item()
 
 
@@ -253,8 +267,9 @@ class Log:
     def __init__(self, path: Path, step: int):
         self.path, lines = path, []
         if path.exists():
-            with open(path, newline="") as file:
-                lines = [line for line in csv.DictReader(file) if int(line["step"]) <= step]
+            with open(path, newline="", errors="replace") as file:          # the last line may have been cut short
+                lines = [line for line in csv.DictReader(file)
+                         if None not in line.values() and line["step"].isdigit() and int(line["step"]) <= step]
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.COLUMNS)
             writer.writeheader()
@@ -283,19 +298,21 @@ def command_line(config: Config, **changes) -> str:
 
 # ---- 5. training ----
 
-def compile_guarded(loss_function, arguments, mode: str, device: torch.device, say):
-    """torch.compile `loss_function` and try it once, forward and backward; on failure go on without, and say why."""
+def compile_guarded(net: UViT, arguments, mode: str, device: torch.device, say):
+    """torch.compile the network and try it once, forward and backward; on failure go on without, and say why."""
     if mode not in ("auto", "on", "off"):
         raise UserError(f"--compile={mode}: expected auto, on or off.")
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
-        return loss_function
-    compiled = torch.compile(loss_function)
+        return net
     try:
-        compiled(*arguments).backward()
-        return compiled
+        fast = torch.compile(net)
+        compute_loss(fast, *arguments).backward()
+        return fast
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:      # whatever goes wrong in a compiler must not cost the run
-        say(f"torch.compile failed and is off ({type(error).__name__}: {str(error).strip().splitlines()[0]:.200}).")
-        return loss_function
+        say(f"torch.compile failed and is off ({type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]:.200}).")
+        return net
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -308,9 +325,11 @@ def learning_rate(step: int, config: Config) -> float:
 def main(config: Config):
     rank, world, device = start_processes()
     say = print if rank == 0 else lambda *_: None
-    if min(config.steps, config.batch_size, config.grad_accum) < 1 or config.batch_size % world:
-        raise UserError(f"steps={config.steps}, batch_size={config.batch_size}, grad_accum={config.grad_accum}: expected 1 or more "
-                        f"of each, and a batch_size that {world} process(es) can share evenly.")
+    for key in ("steps", "batch_size", "grad_accum", "log_every", "validate_every", "draw_every", "save_every", "validation_images"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key}={getattr(config, key)}: expected 1 or more.")
+    if config.batch_size % world:
+        raise UserError(f"batch_size={config.batch_size}: expected a multiple of the {world} processes that share it.")
     if config.precision not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"--precision={config.precision}: expected auto, float32, bfloat16 or float16.")
     precision = choose_precision(device) if config.precision == "auto" else getattr(torch, config.precision)
@@ -335,6 +354,11 @@ def main(config: Config):
             side = "architecture" if checkpoint["uvit"] != uvit else "data cache"
             raise UserError(f"{folder / 'last.pt'} was trained with another {side} than this command's; its own command is: "
                             f"{command_line(Config(**checkpoint['config']), resume=True)}")
+        changed = [f"{key} {checkpoint['config'][key]} -> {value}" for key, value in dataclasses.asdict(config).items()
+                   if checkpoint["config"][key] != value and key != "resume"]
+        say(f"going on from step {start:,}" + (f" with other constants than before: {', '.join(changed)}" if changed else ""))
+        if start >= config.steps:
+            raise UserError(f"{folder / 'last.pt'} is at step {start:,} already: raise --steps={config.steps} to go on.")
     else:
         names = [free_folder(config.name) if rank == 0 else None]
         if world > 1:
@@ -353,18 +377,16 @@ def main(config: Config):
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, betas=(config.betas, config.betas),
                                   weight_decay=config.weight_decay, fused=True)
     # The scaler is needed for float16; for the others its scale is 1 and it only leaves out steps that are not finite.
-    half = {"init_scale": 65536.0} if precision == torch.float16 else {"init_scale": 1.0, "growth_interval": 2 ** 31 - 1}
-    scaler = torch.amp.GradScaler(device.type, **half)
+    scaler = torch.amp.GradScaler(device.type, init_scale=65536.0 if precision == torch.float16 else 1.0)
     best, rises, seconds, skipped = math.inf, 0, 0.0, 0
     if config.resume:
         net.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if precision == torch.float16:
+            scaler.load_state_dict(checkpoint["scaler"])
         best, rises, seconds, skipped = (checkpoint[key] for key in ("best", "rises", "seconds", "skipped"))
         del checkpoint
-    wrapped = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else net
-
     # facts
     data = Batches(cache, config, rank, world, device)
     held_out = HeldOut(cache, config.validation_images, device)
@@ -381,10 +403,10 @@ def main(config: Config):
     say(f"text tower: {cache.meta['text_tower']['about']}; autoencoder: {cache.meta['autoencoder']['about']}")
 
     alpha_bar = noise_schedule().float().to(device)
-    reader = ThreadPoolExecutor(1)                              # reads the batch of the next step meanwhile
-    pending = reader.submit(data.read, start)
-    loss_function = compile_guarded(compute_loss, (wrapped, alpha_bar, precision, *pending.result()[0]), config.compile, device, say)
+    wrapped = compile_guarded(net, (alpha_bar, precision, *data.read(start)[0]), config.compile, device, say)
     optimizer.zero_grad()
+    if world > 1:
+        wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
     log, drawer = (Log(folder / "log.csv", start), Drawer(cache, config, device)) if rank == 0 else (None, None)
     tracker = None
     if config.wandb and rank == 0:
@@ -396,54 +418,64 @@ def main(config: Config):
             save_checkpoint(folder / name, {
                 "format": CHECKPOINT_FORMAT, "step": step, "model": net.state_dict(), "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best": best, "rises": rises,
-                "seconds": seconds + time.perf_counter() - began, "skipped": skipped, "config": dataclasses.asdict(config),
+                "seconds": seconds + time.perf_counter() - began, "skipped": skipped + int(bad), "config": dataclasses.asdict(config),
                 "uvit": dataclasses.asdict(uvit), "meta": cache.meta, "latent_scale": cache.meta["latent_scale"],
                 "autoencoder": cache.autoencoder, "null_context": torch.from_numpy(cache.text[0])})
 
-    stop = []                                                   # signals that ask for an end
-    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    stop = []                                                   # signals that ask for an end; a second one ends at once
+    def ask_to_stop(number, _):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     step, began = start, time.perf_counter()
     last_time, last_step = began, start
     losses, streak, bad = (torch.zeros((), device=device) for _ in range(3))
     save("last.pt")                                             # proves the disk before the work
     try:
-        for step in range(start + 1, config.steps + 1):
+        for step, batches in enumerate(data.stream(start, config.steps), start=start + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, config)
-            batches, pending = pending.result(), reader.submit(data.read, step)
             for i, batch in enumerate(batches):
                 with wrapped.no_sync() if world > 1 and i < len(batches) - 1 else nullcontext():
-                    loss = loss_function(wrapped, alpha_bar, precision, *batch) / len(batches)
+                    loss = compute_loss(wrapped, alpha_bar, precision, *batch) / len(batches)
                     scaler.scale(loss).backward()
                     losses += loss.detach().nan_to_num(0, 0, 0)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
             scaler.step(optimizer)                              # leaves the weights alone if a gradient is not finite
-            scaler.update()
+            scaler.update(None if precision == torch.float16 else 1.0)
             optimizer.zero_grad()
             decay = min(config.ema_decay, (1 + step) / (10 + step))             # warm-up: the first steps do not linger
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
             finite = grad_norm.isfinite()
             streak, bad = torch.where(finite, 0, streak + 1), bad + ~finite
 
-            last = step == config.steps or bool(stop)
-            if step % config.log_every == 0 or last:
+            stopping = torch.tensor(float(bool(stop)))
+            if world > 1:
+                dist.all_reduce(stopping)                       # on the CPU: all processes leave at the same step
+            last = step == config.steps
+            validate = step % config.validate_every == 0 or last
+            if validate or step % config.log_every == 0:
                 if world > 1:
                     dist.all_reduce(losses)
-                now, done = time.perf_counter(), step - last_step
+                done, loss = step - last_step, losses.item()    # waits for the device
+                now = time.perf_counter()
                 speed = done * effective / (now - last_time)
-                line = {"step": step, "seconds": seconds + now - began, "loss": losses.item() / done / world,
+                line = {"step": step, "seconds": seconds + now - began, "loss": loss / done / world,
                         "learning_rate": learning_rate(step - 1, config), "grad_norm": grad_norm.item(),
                         "images_per_second": speed, "skipped": skipped + int(bad)}
                 share = f"  {600 * multiply_adds * speed / (peak * 1e12 * world):.0f}% of peak" if peak else ""
-                left = time.strftime("%H:%M:%S", time.gmtime((config.steps - step) * effective / speed))
+                left = datetime.timedelta(seconds=round((config.steps - step) * effective / speed))
                 say(f"step {step:,}/{config.steps:,}  loss {line['loss']:.4f}  {speed:,.0f} images/s{share}  {left} left"
                     + (f"  ({line['skipped']} skipped: not finite)" if line["skipped"] else ""))
                 if streak >= 10:
                     raise UserError(f"Ten steps in a row were not finite; the weights in {folder / 'last.pt'} are sound. "
                                     f"Go on from there with a lower rate: {command_line(config, resume=True, learning_rate=config.learning_rate / 3)}")
-                if step % config.validate_every == 0 or last:
-                    line["held_out_raw"], line["held_out_ema"] = (held_out.loss(n, alpha_bar, precision) for n in (net, ema))
+                if validate:
+                    line["held_out_raw"] = held_out.loss(net, alpha_bar, precision)
+                    line["held_out_ema"] = held_out.loss(ema, alpha_bar, precision)
                     say(f"           held-out loss {line['held_out_raw']:.4f}, of the EMA {line['held_out_ema']:.4f}")
                     rises = rises + 1 if line["held_out_ema"] > best else 0
                     if rises == 5:
@@ -458,21 +490,24 @@ def main(config: Config):
                     tracker.log(line, step=step)
                 losses.zero_()
                 last_step = step
+            if step % config.save_every == 0 or last or stopping:
+                save("last.pt")
+            if stopping:
+                break
             if (step % config.draw_every == 0 or last) and rank == 0:
                 drawer.draw([net, ema], folder / "samples" / f"step_{step:06d}.png")
-            if step % config.save_every == 0 or last:
-                save("last.pt")
-            if last:
-                break
             if last_step == step:
                 last_time = time.perf_counter()                 # reports do not count as training time
     except torch.OutOfMemoryError:
-        raise UserError(f"Out of memory at batch_size={config.batch_size}: try {command_line(config, batch_size=max(1, config.batch_size // 2), grad_accum=2 * config.grad_accum)} "
-                        f"(the same effective batch).") from None
+        smaller = command_line(config, batch_size=config.batch_size // 2, grad_accum=2 * config.grad_accum, resume=True)
+        raise UserError(f"Out of memory at batch_size={config.batch_size}: " + (
+            f"try {smaller} (the same effective batch)." if config.batch_size % (2 * world) == 0 else
+            "make --batch_size smaller, or the model.")) from None
     finally:
-        reader.shutdown(wait=False, cancel_futures=True)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if world > 1:
+        dist.destroy_process_group()
     if rank > 0:
         return
     if device.type == "cuda":

@@ -61,7 +61,7 @@ class Bench:
         self.config, self.device, self.as_published, self.batch_size = config, device, as_published, batch_size
         self.net, self.ema = UViT(config).to(device), UViT(config).to(device).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=not as_published, foreach=False if as_published else None)
-        self.loss = torch.compile(train.compute_loss) if compiled and not as_published else train.compute_loss
+        self.fast = torch.compile(self.net) if compiled and not as_published else self.net
         self.alpha_bar, self.precision = noise_schedule().float().to(device), choose_precision(device)
         latent = (batch_size, config.channels, config.image_size, config.image_size)
         self.batch = (torch.randn(latent, device=device), torch.randn(latent, device=device),
@@ -81,14 +81,15 @@ class Bench:
             model.attention = attend_in_float32
         try:
             marks = [self.clock()]
-            loss = self.loss(self.net, self.alpha_bar, self.precision, *self.batch)
+            loss = train.compute_loss(self.fast, self.alpha_bar, self.precision, *self.batch)
             marks.append(self.clock())
             loss.backward()
             marks.append(self.clock())
             self.optimizer.step()
             self.optimizer.zero_grad()
             marks.append(self.clock())
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1e-4)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1e-4)
             marks.append(self.clock())
         finally:
             model.attention = fused_attention
@@ -122,8 +123,8 @@ def main(config: Config):
     batch_size = config.batch_size or (32 if config.size == "shapes" else 256 if cuda else 8)
     pictures, peak = config.sample_batch or (64 if cuda else 8), measure_peak(device, precision)
     torch.set_float32_matmul_precision("high")
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {str(precision).removeprefix('torch.')}; a large matrix product reaches {peak / 1e12:.3f} "
+    machine_name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{machine_name}, torch {torch.__version__}, {str(precision).removeprefix('torch.')}; a large matrix product reaches {peak / 1e12:.3f} "
           f"TFLOP/s; size {config.size}, batch {batch_size}, medians of {config.repeats}, interleaved")
 
     benches = {name: Bench(uvit, batch_size, device, False, cuda and config.compile) for name, uvit in models.items()}
@@ -169,7 +170,7 @@ def main(config: Config):
                  f"{row['sampling_images_per_second'] / base['sampling_images_per_second']:.2f}"]
         print(f"| {' | '.join(cells)} |")
     if config.json:
-        machine = {"device": name, "torch": torch.__version__, "precision": str(precision), "peak_flops": peak, "batch_size": batch_size}
+        machine = {"device": machine_name, "torch": torch.__version__, "precision": str(precision), "peak_flops": peak, "batch_size": batch_size}
         Path(config.json).write_text(json.dumps({"machine": machine, "config": dataclasses.asdict(config), "rows": rows}, indent=1))
 
 

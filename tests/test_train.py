@@ -71,11 +71,12 @@ def test_three_steps_and_three_after_a_resume_are_six_bit_for_bit(changes, monke
 
 
 def stop_after(step, monkeypatch):
-    """Press Ctrl-C in the middle of a step."""
-    rate = train.learning_rate
+    """Press Ctrl-C, once, in the middle of a step."""
+    rate, pressed = train.learning_rate, []
 
     def press(current, config):
-        if current == step - 1:
+        if current == step - 1 and not pressed:
+            pressed.append(step)
             os.kill(os.getpid(), signal.SIGINT)
         return rate(current, config)
     monkeypatch.setattr(train, "learning_rate", press)
@@ -134,16 +135,18 @@ def test_each_of_the_four_models_trains_from_the_same_constants(fusion, conditio
 # ---- the moving average, the batches, the rate ----
 
 def test_the_moving_average_is_the_formula(monkeypatch):
-    seen = []
+    seen, recorded = [], []
     lerp = torch._foreach_lerp_
 
     def watch(ema, parameters, weight):
+        recorded.extend(p for p in ema if p.requires_grad or torch.is_grad_enabled())
         if not seen:
             seen.append([p.detach().clone() for p in ema])
         lerp(ema, parameters, weight)
         seen.append(([p.detach().clone() for p in parameters], weight))
     monkeypatch.setattr(torch, "_foreach_lerp_", watch)
     train.main(tiny(steps=5, ema_decay=0.3))
+    assert not recorded                                     # by autograd, which would keep every step in memory
     expected = seen[0]
     for step, (parameters, weight) in enumerate(seen[1:], start=1):
         decay = min(0.3, (1 + step) / (10 + step))
