@@ -676,7 +676,7 @@ def draw_sweep(results: list[dict]) -> Image.Image:
             for group in ("seen", "unseen"):
                 if scores[group]["pictures"]:
                     curves.setdefault(f"{name}, {group}", []).append((w, 100 * scores[group]["everything"], f"{w:g}"))
-    if "fid" in scores:
+    if "fid" in results[0]["scores"]:
         return draw_plot(curves, "CLIP score (cosine x 100, with prefix)", "FID")
     return draw_plot(curves, "guidance scale w", "everything right, %")
 
@@ -703,8 +703,9 @@ def main(config: Config):
 
     table = [format_row(result["name"], result, result["scores"]) for result in results]
     table += [format_row(name, {}, scores) for name, scores in scorer.bounds.items()]
-    print(f"\n{results[0]['protocol']['pictures']:,} pictures, {config.steps} steps of DPM-Solver++(2M), guidance scale w; GFLOPs "
-          f"per image and step (2 x multiply-adds).\n{scorer.about}\n")
+    how = "" if config.folder else (f", {config.steps} steps of DPM-Solver++(2M), guidance scale w; GFLOPs per image and step "
+                                    f"(2 x multiply-adds)")
+    print(f"\n{results[0]['protocol']['pictures']:,} pictures{how}.\n{scorer.about}\n")
     print(f"| {' | '.join(table[0])} |\n|{' --- |' * len(table[0])}")
     for row in table:
         print(f"| {' | '.join(row.values())} |")

@@ -411,7 +411,7 @@ def read_weights(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file.")
+        raise UserError(f"{path}: there is no such file (addresses of public weights: FILES in prepare_data.py).")
     with open(path, "rb") as file:
         head = file.read(512).lstrip()
     if head.startswith(b"<"):

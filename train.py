@@ -244,8 +244,8 @@ class Drawer:
 def save_checkpoint(path: Path, checkpoint: dict):
     """Write to a temporary name, then move: whatever happens meanwhile, the file before stays whole."""
     if not all(torch.isfinite(tensor).all() for name in ("model", "ema") for tensor in checkpoint[name].values()):
-        raise UserError(f"Weights are not finite at step {checkpoint['step']}, and are not saved: go back to {path} with "
-                        f"--resume=True and a lower --learning_rate.")
+        raise UserError(f"Weights are not finite at step {checkpoint['step']}, and are not saved: go back to {path.parent / 'last.pt'} "
+                        f"with --resume=True and a lower --learning_rate.")
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -334,6 +334,12 @@ def main(config: Config):
         raise UserError(f"--precision={config.precision}: expected auto, float32, bfloat16 or float16.")
     precision = choose_precision(device) if config.precision == "auto" else getattr(torch, config.precision)
 
+    if config.wandb:                                            # imported only if asked for
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb=True needs the package: pip install wandb.") from None
+
     # data: the default cache is made on the first run
     if config.data == Config.data and not (Path(config.data) / "meta.json").exists() and rank == 0:
         prepare_data.main(prepare_data.Config())
@@ -408,10 +414,7 @@ def main(config: Config):
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
     log, drawer = (Log(folder / "log.csv", start), Drawer(cache, config, device)) if rank == 0 else (None, None)
-    tracker = None
-    if config.wandb and rank == 0:
-        import wandb                                            # only if asked for
-        tracker = wandb.init(project="midfuse", name=config.name, config=dataclasses.asdict(config))
+    tracker = wandb.init(project="midfuse", name=config.name, config=dataclasses.asdict(config)) if config.wandb and rank == 0 else None
 
     def save(name):
         if rank == 0:

@@ -142,11 +142,11 @@ class KLAutoencoder(nn.Module):
             if i > 0:
                 up[str(i)].upsample = chain(repeat=nn.Upsample(scale_factor=2), conv=conv(width, width))
         up = dict(reversed(up.items()))                         # runs from the deepest level to level 0
-        self.encoder = chain(conv_in=conv(3, channels), down=chain(**down), mid=middle(width),
-                             norm_out=group_norm(width), silu=nn.SiLU(), conv_out=conv(width, 2 * LATENT))
+        self.encoder = chain(conv_in=conv(3, channels), down=chain(**down), mid=middle(widths[-1]),
+                             norm_out=group_norm(widths[-1]), silu=nn.SiLU(), conv_out=conv(widths[-1], 2 * LATENT))
         self.quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1)
         self.post_quant_conv = nn.Conv2d(LATENT, LATENT, 1)
-        self.decoder = chain(conv_in=conv(LATENT, width), mid=middle(width), up=chain(**up),
+        self.decoder = chain(conv_in=conv(LATENT, widths[-1]), mid=middle(widths[-1]), up=chain(**up),
                              norm_out=group_norm(widths[0]), silu=nn.SiLU(), conv_out=conv(widths[0], 3))
 
     @in_float32
