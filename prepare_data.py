@@ -169,15 +169,12 @@ def choose_scene(rng: np.random.Generator, unseen: bool) -> Scene:
             return scene
 
 
-def place_objects(scene: Scene, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """A cell (row, column) of a 3x3 board for each object: a relation along a line, a count in reading order from any cell on."""
+def place_objects(scene: Scene) -> list[tuple[int, int]]:
+    """A cell (row, column) of a 3x3 board for each object: a count in reading order, a relation across the middle."""
     if scene.relation:
         rows, columns = RELATIONS[scene.relation]
-        line, (near, far) = rng.integers(3), np.sort(rng.choice(3, size=2, replace=False))
-        first, second = (near, far) if rows + columns < 0 else (far, near)
-        return [(first, line), (second, line)] if rows else [(line, first), (line, second)]
-    first = rng.integers(10 - len(scene.objects))
-    return [divmod(first + i, 3) for i in range(len(scene.objects))]
+        return [(1 + rows, 1 + columns), (1 - rows, 1 - columns)]
+    return [divmod(cell, 3) for cell in range(len(scene.objects))]
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
@@ -185,7 +182,7 @@ def draw_scene(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
     zoom = 8                                                        # drawn 8 times larger, then averaged
     image = Image.new("RGB", (size * zoom, size * zoom), BACKGROUND)
     canvas, unit = ImageDraw.Draw(image), size * zoom / 32
-    for (row, column), (colour, shape) in zip(place_objects(scene, rng), scene.objects):
+    for (row, column), (colour, shape) in zip(place_objects(scene), scene.objects):
         y, x = [(16 + 12 * (cell - 1) + rng.uniform(-0.4, 0.4)) * unit for cell in (row, column)]
         r = rng.uniform(3.1, 3.5) * unit
         if shape == "circle":

@@ -67,7 +67,7 @@ class Config:
     width: int = 128
     heads: int = 4
     # optimisation
-    steps: int = 3100
+    steps: int = 3300
     batch_size: int = 32            # pictures at a time, over all GPUs
     grad_accum: int = 1             # batches per step
     learning_rate: float = 3e-3     # U-ViT: 2e-4, for a million steps
