@@ -17,6 +17,7 @@ are downloaded if they are not there. Killed at any point, the same command goes
     train_pairs.npy           (K, 2): picture, caption row; sorted by picture, which may have several captions
     val_pairs.npy             the same, with the first caption of each held-out picture only
     val_images.npy            (M, S, S, 3) uint8: the held-out pictures, for reference scores
+    val_unseen.npy            (M,) bool, shapes only: whether a held-out caption has a combination that training never shows
     preview.png               look at it before you train
 
 The shapes: one to five circles, squares and triangles in six colours, captioned by number ("three red circles and two blue
@@ -672,6 +673,8 @@ def prepare(config: Config, made_with: dict, folder: Path):
     for split, source in (("train", train), ("val", val)):
         pairs = [(i, row[caption]) for i, captions_of in enumerate(source.captions) for caption in captions_of]
         np.save(folder / f"{split}_pairs.npy", np.array(pairs, dtype=np.int64))
+    if config.dataset == "shapes":
+        np.save(folder / "val_unseen.npy", np.array([scene in unseen_scenes() for scene in val.scenes]))
     L = config.context_len
     progress.fill("text", *arrays["text"], lambda i, j: encode_captions(text_tower, text_device, captions[i:j], L))
     truncated = sum(count_truncated([caption], L) for caption in tqdm(captions, desc="counting tokens", delay=2))

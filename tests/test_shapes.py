@@ -121,6 +121,7 @@ def test_the_cache_has_what_it_says():
     assert cache.text.shape[1:] == (16, 64)
     for split, moments in ((Shapes(small(), "train"), cache.train), (Shapes(small(), "val"), cache.val)):
         assert [cache.captions[row] for row in moments.pairs[:, 1]] == [captions[0] for captions in split.captions]
+    assert np.load("data/shapes/val_unseen.npy").tolist() == [i % 2 == 1 for i in range(20)]
     mean = torch.from_numpy(cache.train.moments[:]).chunk(2, dim=1)[0]
     assert abs((mean * cache.meta["latent_scale"]).std().item() - prepare_data.LATENT_STD) < 1e-3
 
