@@ -393,6 +393,7 @@ def main(config: Config):
             scaler.load_state_dict(checkpoint["scaler"])
         best, rises, seconds, skipped = (checkpoint[key] for key in ("best", "rises", "seconds", "skipped"))
         del checkpoint
+
     # facts
     data = Batches(cache, config, rank, world, device)
     held_out = HeldOut(cache, config.validation_images, device)

@@ -330,7 +330,7 @@ def test_the_random_tower_is_a_function_of_its_seed_and_leaves_the_global_genera
     hashes = [weights_sha256(random_clip_text(seed, 20)) for seed in (0, 0, 1)]
     assert torch.rand(3).equal(expected)
     assert hashes[0] == hashes[1] != hashes[2]
-    assert hashes[0] == "e3e8b531dabec6cb02af4587a8054bbde15a6509b1baf4b5c52006014408dfb9"      # on every machine
+    assert hashes[0] == "0eb2b753bf7ece0ab392819eaebcde19ea620825e185075a9eb057efd7817fb2"      # on every machine
 
 
 def test_the_random_tower_has_no_weight_that_depends_on_the_kind_of_cpu():
