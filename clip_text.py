@@ -30,7 +30,7 @@ import regex
 import torch
 import torch.nn as nn
 
-from model import UserError, load_strictly, read_weights
+from model import UserError, find_encoder, load_strictly, read_weights
 
 CONTEXT_LEN = 77            # L, tokens of a caption, start and end included
 VOCABULARY = 49408
@@ -266,20 +266,10 @@ def load_text_tower(description: dict, folder: str | Path) -> CLIPText:
     `description` is meta["text_tower"]: {"kind": "random", "seed", "context_len", "sha256"}, which is drawn anew, or
     {"kind": "clip", "file", "sha256"}, a file in `folder`; a "sha256" of None is not checked.
     """
-    expected = description.get("sha256")
     if description["kind"] == "random":
         tower = random_clip_text(description["seed"], description["context_len"])
-        if weights_sha256(tower) != expected:
+        if weights_sha256(tower) != description["sha256"]:
             raise UserError(f"torch {torch.__version__} draws other random numbers for the text tower than the torch that the "
                             "cache or checkpoint was made with; install the version in requirements.txt.")
         return tower
-    path = Path(folder) / description["file"]
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file, and the captions were encoded with it; put it into {folder}/ "
-                        "(addresses of public weights: FILES in prepare_data.py).")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if expected not in (None, found):
-        raise UserError(f"{path} is not the file that the captions were encoded with: its SHA-256 is {found[:8]}..., "
-                        f"expected {expected[:8]}...; put that one there.")
-    return load_clip_text(path)
+    return load_clip_text(find_encoder(description, folder, "the text tower"))

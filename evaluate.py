@@ -48,8 +48,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from clip_text import CLIPTransformer, load_clip_text, read_tower, tokenize, weights_sha256
-from model import UserError, choose_device, choose_precision, count_multiply_adds, load_strictly, read_weights, run
-from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Cache, Scene, fetch, read_cache, scene_of, sha256, unseen_scenes,
+from model import UserError, choose_device, choose_precision, count_multiply_adds, load_strictly, read_weights, run, sha256
+from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Cache, Scene, fetch, read_cache, scene_of, unseen_scenes,
                           write_json)
 from sample import Pipeline, save_pictures
 from vae import load_autoencoder, to_uint8

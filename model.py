@@ -24,6 +24,7 @@ Five parts: 1 command line, 2 noise schedule, 3 layers, 4 the network, 5 checkpo
 """
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -407,7 +408,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def read_weights(path: str | Path) -> dict:
     """What a weight file holds, on the CPU: a torch file, a TorchScript archive (its state dict) or a .safetensors file.
 
-    No code in the file is run (`weights_only=True`). Raises UserError if the file is missing, damaged or a web page.
+    A torch file is read with `weights_only=True`: nothing in it can run. Raises UserError if the file is missing, damaged or a web page.
     """
     path = Path(path)
     if not path.is_file():
@@ -431,6 +432,24 @@ def read_weights(path: str | Path) -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}; expected a dict of weights.")
     return state
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_encoder(description: dict, folder: str | Path, what: str) -> Path:
+    """The weight file {"file", "sha256"} of `what` in `folder`; a "sha256" of None is not checked. Raises UserError otherwise."""
+    path, expected = Path(folder) / description["file"], description.get("sha256")
+    if not path.is_file():
+        digest = f" (SHA-256 {expected})" if expected else ""
+        raise UserError(f"{path} is missing, {what} that the data was encoded with: fetch {path.name}{digest} and put it into "
+                        f"{path.parent} (addresses of public weights: FILES in prepare_data.py).")
+    if expected and expected != (found := sha256(path)):
+        raise UserError(f"{path} has SHA-256 {found}, but the data was encoded with {what} of SHA-256 {expected}: put that one "
+                        f"there, or prepare the data and train anew.")
+    return path
 
 
 def load_strictly(module: nn.Module, state: dict, path: str | Path) -> nn.Module:

@@ -51,7 +51,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from clip_text import CONTEXT_LEN, count_truncated, load_clip_text, random_clip_text, tokenize, weights_sha256
-from model import UserError, choose_device, run
+from model import UserError, choose_device, run, sha256
 from sample import draw_grid
 from vae import LinearAutoencoder, load_vae, sample_latent, to_uint8, to_unit
 
@@ -252,11 +252,6 @@ def check_space(needs: dict[Path, int]):
 def count_missing(files: dict[Path, int]) -> int:
     """Bytes still to be written to files of these sizes."""
     return sum(max(0, size - (path.stat().st_size if path.exists() else 0)) for path, size in files.items())
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_blocks(response):

@@ -73,7 +73,7 @@ class Config:
     learning_rate: float = 3e-3     # U-ViT: 2e-4, for a million steps
     warmup: int = 200               # steps from 0 to the full rate
     cooldown: float = 1.0           # last share of the steps in which the rate falls to 0; U-ViT: 0, constant to the end
-    betas: float = 0.9              # both of AdamW's [U-ViT]
+    beta: float = 0.9               # both of AdamW's [U-ViT]
     weight_decay: float = 0.03      # of every parameter [U-ViT]
     grad_clip: float = 1.0          # U-ViT: none
     t_power: float = 0.4            # t = 1000 u^t_power, u uniform: below 1, more of the noisy steps; U-ViT: 1
@@ -380,7 +380,7 @@ def main(config: Config):
         net.start_positions_as_waves()
     net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, betas=(config.betas, config.betas),
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, betas=(config.beta, config.beta),
                                   weight_decay=config.weight_decay, fused=True)
     # The scaler is needed for float16; for the others its scale is 1 and it only leaves out steps that are not finite.
     scaler = torch.amp.GradScaler(device.type, init_scale=65536.0 if precision == torch.float16 else 1.0)

@@ -20,7 +20,6 @@ Four parts: 1 pixels, moments, latents, 2 KL autoencoder, 3 linear autoencoder, 
 [LDM] arXiv 2112.10752
 """
 import functools
-import hashlib
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError, load_strictly, read_weights
+from model import UserError, find_encoder, load_strictly, read_weights
 
 CHUNK = 8           # images at a time: at 256x256 the KL decoder needs about 0.3 GB for each
 GROUPS = 32         # of every group norm; numbers of channels are multiples of it
@@ -268,15 +267,4 @@ def load_autoencoder(description: dict, state: dict | None, folder: str | Path) 
     """
     if description["kind"] == "linear":
         return load_strictly(LinearAutoencoder(), state, "the stored state").eval()
-    path, expected = Path(folder) / description["file"], description.get("sha256")
-    if not path.is_file():
-        digest = f" (SHA-256 {expected})" if expected else ""
-        raise UserError(f"{path} is missing, the autoencoder that the data was encoded with: "
-                        f"fetch {path.name}{digest} and put it into {path.parent} "
-                        f"(addresses of public weights: FILES in prepare_data.py).")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if expected not in (None, found):
-        raise UserError(f"{path} has SHA-256 {found}, but the data was encoded with the autoencoder "
-                        f"of SHA-256 {expected}: put that one there, or prepare the data and train anew.")
-    return load_vae(path)
+    return load_vae(find_encoder(description, folder, "the autoencoder"))
