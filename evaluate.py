@@ -12,6 +12,8 @@ first object stands where it should), and everything (each object asked is there
 that never occurred in training are counted apart ("unseen"). Beside it stand the ceiling, the detector on the real pictures, also after
 the autoencoder, and the floor, real pictures with shuffled captions.
 
+The paper holds that early fusion spends much on text-to-image attention of low rank: each model's effective rank is printed by block.
+
 Real pictures are scored by two networks with public weights, computed here exactly as by the reference libraries:
 
     FID         distance between two clouds of Inception features: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))      [FID]
@@ -48,7 +50,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from clip_text import CLIPTransformer, load_clip_text, read_tower, tokenize, weights_sha256
-from model import UserError, choose_device, choose_precision, count_multiply_adds, load_strictly, read_weights, run, sha256
+from model import (UserError, UViT, choose_device, choose_precision, count_multiply_adds, load_strictly, noise_schedule,
+                   read_weights, run, sha256)
 from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Cache, Scene, fetch, read_cache, scene_of, unseen_scenes,
                           write_json)
 from sample import Pipeline, save_pictures
@@ -379,7 +382,56 @@ def summarise_cosines(cosines: torch.Tensor) -> dict[str, float]:
     return {"cosine": cosines.mean().item(), "x 100": 100 * cosines.mean().item(), "x 2.5": 2.5 * cosines.clamp(min=0).mean().item()}
 
 
-# ---- 4. samples on disk ----
+# ---- 4. attention rank ----
+
+def effective_rank(matrices: torch.Tensor) -> torch.Tensor:
+    """exp(entropy of the singular values, as shares of their sum) of (..., N, L): 1 for an outer product, n for n equal ones.
+
+    Roy & Vetterli, "The effective rank", EUSIPCO 2007. [IF] speaks of low rank without a definition that we know of.
+    """
+    values = torch.linalg.svdvals(matrices.float())
+    shares = values / values.sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1).exp()
+
+
+@torch.no_grad()
+def attention_ranks(net: UViT, zt: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> dict[int, float]:
+    """How many different things image tokens ask of the text: block of the window -> mean effective rank over pictures, heads.
+
+    Of each block's attention, softmax over all keys, the part (N, L) from image tokens to text tokens. Low rank: all patches
+    look at the text in the same way, which needs no attention.
+    """
+    N, L, ranks = net.config.image_tokens, net.config.context_len, {}
+    blocks = [*net.in_blocks, net.mid_block, *net.out_blocks]
+
+    def measure(i):
+        def hook(attn, inputs):
+            x, text_keys_values = inputs
+            q, k, _ = [attn.split_heads(part) for part in attn.qkv(x).chunk(3, dim=-1)]
+            k = k if text_keys_values is None else torch.cat([k, text_keys_values[0]], dim=2)
+            weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)                  # (B, h, Q, 1+N+L)
+            ranks[i] = effective_rank(weights[:, :, 1:1 + N, -L:]).mean().item()
+        return hook
+    hooks = [blocks[i].attn.register_forward_pre_hook(measure(i)) for i in net.config.window]
+    net(zt, t, context)
+    for hook in hooks:
+        hook.remove()
+    return ranks
+
+
+def rank_attention(pipeline: Pipeline, cache: Cache, pictures: int = 32) -> dict[int, float]:
+    """`attention_ranks` on held-out pictures and their captions, noised to steps from t = 1 to 1000."""
+    pairs = cache.val.pairs[:pictures]
+    mean = torch.from_numpy(cache.val.moments[pairs[:, 0]]).float().chunk(2, dim=1)[0]
+    z0 = pipeline.latent_scale * mean                                               # (B, C, H, W)
+    t = torch.linspace(1, 1000, len(pairs)).long()
+    a = noise_schedule().float()[t][:, None, None, None]
+    zt = a.sqrt() * z0 + (1 - a).sqrt() * torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
+    context = pipeline.encode([cache.captions[row] for row in pairs[:, 1]])
+    return attention_ranks(pipeline.net, zt.to(pipeline.device), t.to(pipeline.device), context)
+
+
+# ---- 5. samples on disk ----
 
 def choose_prompts(cache: Cache, config: Config) -> tuple[np.ndarray, list[str]]:
     """(n,) held-out pictures of the cache, and one caption of each.
@@ -453,7 +505,7 @@ def draw_samples(pipeline: Pipeline, folder: Path, captions: list[str], guidance
     return (len(captions) - begin) / (time.perf_counter() - began) if begin < len(captions) else None
 
 
-# ---- 5. shapes, and real pictures ----
+# ---- 6. shapes, and real pictures ----
 
 class ShapesScorer:
     """Accuracy by the detector, which needs no weights."""
@@ -558,7 +610,7 @@ class RealScorer:
         return {"fid": fid} | self.clip(torch.cat(features), captions)
 
 
-# ---- 6. the whole evaluation ----
+# ---- 7. the whole evaluation ----
 
 def warn_about_fid(n: int) -> list[str]:
     """What must be known before the FID of n pictures is compared with another."""
@@ -590,6 +642,7 @@ def evaluate_checkpoint(path: str, scales: list[float], captions: list[str], sco
         raise UserError(f"{path} was trained on {trained}, but --data={config.data} holds {asked}: name a cache like its own.")
     kind, uvit, results = "raw" if config.raw else "ema", pipeline.net.config, []
     text, image = count_multiply_adds(uvit)
+    ranks = rank_attention(pipeline, cache)
     digest = weights_sha256(pipeline.net)                           # pictures of other weights are never taken for ours
     for w in scales:
         folder = Path(path).parent / "eval" / (f"step{pipeline.step}_{kind}_{digest[:8]}_w{w:g}_steps{config.steps}_"
@@ -601,7 +654,7 @@ def evaluate_checkpoint(path: str, scales: list[float], captions: list[str], sco
                  "weights_sha256": digest, "fusion": uvit.fusion, "conditioning": uvit.conditioning,
                  "parameters": sum(p.numel() for p in pipeline.net.parameters()), "multiply_adds_text": text,
                  "multiply_adds_per_step": image, "gflops_per_image": 2 * (text + image) / 1e9, "images_per_second": speed,
-                 "device": pipeline.device.type, "precision": str(choose_precision(pipeline.device)).removeprefix("torch.")}
+                 "attention_rank_by_block": ranks, "device": pipeline.device.type, "precision": str(choose_precision(pipeline.device)).removeprefix("torch.")}
         protocol = {"captions": f"{config.prompts}, one for each held-out picture of {config.data}",
                     "sampler": "DPM-Solver++(2M)", "steps": config.steps, "guidance_scale": w,
                     "guidance": "eps_uncond + w (eps_cond - eps_uncond)", "seed": config.seed,
@@ -710,6 +763,9 @@ def main(config: Config):
     for row in table:
         print(f"| {' | '.join(row.values())} |")
     print()
+    for result in [] if config.folder else results[::len(scales)]:
+        ranks = ", ".join(f"{block}: {rank:.2f}" for block, rank in result["attention_rank_by_block"].items())
+        print(f"{result['name']}: effective rank of the attention from image to text, by block: {ranks}")
     for warning in results[0]["warnings"]:
         print(f"warning: {warning}")
     if config.sweep and not config.folder:

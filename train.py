@@ -135,13 +135,13 @@ class Batches:
             return torch.from_numpy(array[:]).to(self.device)
         return torch.from_numpy(array)
 
+    def send(self, x: torch.Tensor) -> torch.Tensor:
+        """x on the device; nobody waits for the copy, since it starts from pinned memory."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
+
     def rows(self, tensor, index):
         """tensor[index] on the device, in float32."""
-        part = tensor[index.to(tensor.device)]
-        if part.device != self.device:
-            part = part.pin_memory() if self.device.type == "cuda" else part
-            part = part.to(self.device, non_blocking=True)
-        return part.float()
+        return (tensor[self.send(index)] if tensor.device == self.device else self.send(tensor[index])).float()
 
     def order(self, epoch: int) -> torch.Tensor:
         return torch.randperm(self.count, generator=seeded(self.config.seed, 0, epoch))
@@ -315,6 +315,12 @@ def compile_guarded(net: UViT, arguments, mode: str, device: torch.device, say):
         return net
 
 
+def describe_uvit(config: Config, **data) -> UViTConfig:
+    """The network's configuration: the constants above that it shares, and image size, channels and text length of the `data`."""
+    return UViTConfig(**data | {field.name: getattr(config, field.name) for field in dataclasses.fields(UViTConfig)
+                                if hasattr(config, field.name)})
+
+
 def learning_rate(step: int, config: Config) -> float:
     """Linear warm-up, constant, then linear to 0 over the last `cooldown` of the steps."""
     rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
@@ -348,8 +354,7 @@ def main(config: Config):
     cache = prepare_data.read_cache(config.data)
     channels, image_size, _ = cache.meta["latent_shape"]
     context_len, context_dim = cache.text.shape[1:]
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(UViTConfig) if hasattr(config, field.name)}
-    uvit = UViTConfig(**shared, image_size=image_size, channels=channels, context_len=context_len, context_dim=context_dim)
+    uvit = describe_uvit(config, image_size=image_size, channels=channels, context_len=context_len, context_dim=context_dim)
 
     # the run: a new one, or one to go on with
     if config.resume:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
+import model
 import prepare_data
 import sample
 from clip_text import CLIPText, tokenize
@@ -514,3 +515,44 @@ def test_shapes_can_be_swept_and_a_folder_of_them_scored(shapes, capsys):
 def test_a_model_of_shapes_is_not_scored_on_photographs(shapes, quick):
     with pytest.raises(UserError, match="out/last.pt was trained on shapes at 32 pixels, but --data=data/coco holds coco at 64"):
         quick(checkpoint="out/last.pt")
+
+
+# ---- attention rank ----
+
+def test_effective_rank_of_known_matrices():
+    """1 for an outer product, n for n equal singular values, whatever the scale; between them exp(entropy)."""
+    outer = torch.outer(torch.rand(7), torch.rand(4))
+    orthogonal = torch.linalg.qr(torch.randn(7, 4))[0]
+    mixed = orthogonal * torch.tensor([3.0, 1.0, 0.0, 0.0])
+    ranks = evaluate.effective_rank(torch.stack([outer, 1e-3 * orthogonal, mixed]))
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    torch.testing.assert_close(ranks, torch.tensor([1.0, 4.0, np.exp(entropy)], dtype=torch.float32), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fusion", ["early", "intermediate"])
+@pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
+def test_attention_ranks_are_those_of_the_attention_that_the_network_computes(fusion, conditioning, monkeypatch):
+    torch.manual_seed(0)
+    uvit = UViTConfig(fusion, conditioning, depth=5, n_image=1, n_text=1, image_size=4, channels=2, patch_size=1, width=16,
+                      heads=2, context_len=3, context_dim=5)
+    net, seen = UViT(uvit, init_std=0.5), []
+    attention = model.attention
+
+    def record(q, k, v):
+        if k.shape[2] == 1 + 16 + 3:                                # those with text among the keys
+            seen.append((q @ k.mT / 8 ** 0.5).softmax(-1)[:, :, 1:17, 17:])
+        return attention(q, k, v)
+    monkeypatch.setattr(model, "attention", record)
+    ranks = evaluate.attention_ranks(net, torch.randn(2, 2, 4, 4), torch.tensor([10, 900]), torch.randn(2, 3, 5))
+    assert list(ranks) == list(uvit.window)
+    expected = [evaluate.effective_rank(weights).mean().item() for weights in seen]
+    assert list(ranks.values()) == pytest.approx(expected, rel=1e-5) and all(1 <= rank <= 3 for rank in ranks.values())
+    assert not any(block.attn._forward_pre_hooks for block in net.in_blocks)        # and leaves nothing behind
+
+
+def test_attention_that_looks_at_the_text_alike_from_everywhere_has_rank_one():
+    net = UViT(UViTConfig("early", "concat", depth=3, image_size=4, patch_size=1, width=16, heads=2, context_len=3, context_dim=5))
+    for block in (*net.in_blocks, net.mid_block, *net.out_blocks):
+        block.attn.qkv.weight.data[:16] = 0                         # every query is 0
+    ranks = evaluate.attention_ranks(net, torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.randn(1, 3, 5))
+    assert list(ranks.values()) == pytest.approx([1, 1, 1], abs=1e-3)
