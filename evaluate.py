@@ -102,8 +102,8 @@ def detect_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
         cover = away @ direction / (direction @ direction)                      # (S, S), 1 inside, 0 outside, smooth between
         cover = np.clip((cover - 0.15) / 0.5, 0, 1) * ndimage.binary_dilation(inside, np.ones((3, 3)))
         fill = cover.sum() / (cover.max(axis=0).sum() * cover.max(axis=1).sum())
-        shape = "square" if fill > 0.895 else "circle" if fill > 0.728 else "triangle"
-        if inside.sum() > 90 * (len(picture) / 32) ** 2:                        # twice the largest object: several in one
+        shape = "square" if fill > 0.895 else "circle" if fill > 0.705 else "triangle"
+        if inside.sum() > 120 * (len(picture) / 32) ** 2:                        # twice the largest object: several in one
             shape = "blob"
         objects.append((list(COLOURS)[colour], shape, (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2))
     return objects

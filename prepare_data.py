@@ -179,7 +179,10 @@ def place_objects(scene: Scene) -> list[tuple[int, int]]:
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
-    """The picture of a scene, anti-aliased: (size, size, 3) uint8. All lengths below are for a picture of side 32."""
+    """The picture of a scene, anti-aliased: (size, size, 3) uint8. Lengths are for a picture of side 32.
+
+    All shapes fill the same box of side 2r, and so differ in area: 4 r^2, pi r^2, 2 r^2.
+    """
     zoom = 8                                                        # drawn 8 times larger, then averaged
     image = Image.new("RGB", (size * zoom, size * zoom), BACKGROUND)
     canvas, unit = ImageDraw.Draw(image), size * zoom / 32
@@ -189,9 +192,9 @@ def draw_scene(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
         if shape == "circle":
             canvas.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
         elif shape == "square":
-            canvas.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill=COLOURS[colour])
+            canvas.rectangle((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
         else:
-            canvas.polygon([(x, y - 1.1 * r), (x - 1.1 * r, y + 0.9 * r), (x + 1.1 * r, y + 0.9 * r)], fill=COLOURS[colour])
+            canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=COLOURS[colour])
     return np.asarray(image.reduce(zoom))
 
 

@@ -162,7 +162,11 @@ class KLAutoencoder(nn.Module):
 # ---- 3. linear autoencoder ----
 
 class LinearAutoencoder(nn.Module):
-    """Principal components of 4x4 RGB patches, in closed form: the best linear code of 16 numbers each."""
+    """Principal components of 4x4 RGB patches, in closed form: the best linear code of 16 numbers each.
+
+    The components are half whitened, each divided by the root of its standard deviation. As they come, the
+    few that tell a circle from a square are so small that noise hides them at nearly every time step.
+    """
 
     PATCH, CHANNELS = 4, 16
 
@@ -170,16 +174,18 @@ class LinearAutoencoder(nn.Module):
         super().__init__()
         numbers = 3 * self.PATCH ** 2
         self.register_buffer("mean", torch.zeros(numbers))
-        self.register_buffer("components", torch.zeros(self.CHANNELS, numbers))     # orthonormal rows
+        self.register_buffer("components", torch.zeros(self.CHANNELS, numbers))     # orthogonal rows
 
     def fit(self, x: torch.Tensor) -> "LinearAutoencoder":
         """Principal components of the patches of x (M, 3, H, W) in [-1, 1]."""
         patches = self.cut(x).flatten(0, 2).double()            # (M*h*w, 48)
         self.mean.copy_(patches.mean(0))
-        _, vectors = torch.linalg.eigh(patches.T.cov())         # in columns, by ascending eigenvalue
+        variances, vectors = torch.linalg.eigh(patches.T.cov())         # in columns, ascending
         components = vectors.T.flip(0)[:self.CHANNELS]
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-        self.components.copy_(components * largest.sign())      # an eigenvector's sign is arbitrary: fix it
+        components *= largest.sign()                            # an eigenvector's sign is arbitrary: fix it
+        variances = variances.flip(0)[:self.CHANNELS, None].clamp(min=1e-6)     # there may be fewer
+        self.components.copy_(components * variances ** -0.25)
         return self
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
@@ -196,7 +202,8 @@ class LinearAutoencoder(nn.Module):
     @in_float32
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent (B, 16, h, w) -> (B, 3, 4h, 4w), about [-1, 1]."""
-        patches = z.permute(0, 2, 3, 1) @ self.components + self.mean                   # (B, h, w, 48)
+        inverse = self.components / self.components.square().sum(1, keepdim=True)
+        patches = z.permute(0, 2, 3, 1) @ inverse + self.mean                           # (B, h, w, 48)
         patches = patches.unflatten(3, (3, self.PATCH, self.PATCH))                     # (B, h, w, 3, P, P)
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)            # (B, 3, h*P, w*P)
 
