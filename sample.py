@@ -1,18 +1,21 @@
 """Prompt -> pictures, with DPM-Solver++(2M) and classifier-free guidance.
 
-    python sample.py --checkpoint=out/shapes/last.pt --prompt="three red circles and two blue squares"
-    python sample.py --checkpoint=out/shapes/last.pt --prompt="a red circle above a blue square" --n=16 --guidance_scale=2 --gif=True
+    python sample.py --prompt="three red circles and two blue squares"
+    python sample.py --prompt="a red circle above a blue square" --n=16 --guidance_scale=2
+    python sample.py --checkpoint=out/early/best.pt --gif=True
 
-The checkpoint describes itself: architecture, autoencoder, text tower and latent scale all come from it. The text goes through
-its tower and through the model's text path once; the 50 steps only run `denoise`, on the prompt and the null context in one batch:
+The checkpoint describes itself: architecture, autoencoder, text tower and latent scale are in it.
+The text goes through its tower and through the model's text path once. The 50 steps run `denoise`
+alone, on the prompt and the null context in one batch:
 
-    eps = eps_uncond + w (eps_cond - eps_uncond)          w = 1 is no guidance; U-ViT's own "scale" is w - 1          [CFG]
-    x0  = (zt - sigma eps) / alpha                        what the picture would be if the noise were right
-    z'  = sigma'/sigma zt - alpha' (e^-h - 1) D           D: x0, corrected with the x0 of the step before           [DPM++]
+    eps = eps_uncond + w (eps_cond - eps_uncond)    w = 1: none; U-ViT's "scale" is w - 1    [CFG]
+    x0  = (zt - sigma eps) / alpha                  the picture, if the noise were right
+    z'  = sigma'/sigma zt - alpha' (e^-h - 1) D     D: x0, corrected with the last one     [DPM++]
 
-Every picture has a noise generator of its own, seeded with seed + i: the same seed gives the same picture whatever the batch.
-Each call makes a new numbered folder, out/NAME/generated/0001 and so on, and overwrites nothing: 00000.png, 00001.png, ... (prompt,
-seed and settings are in their metadata), captions.txt, grid.png, and denoising.gif if asked for.
+Picture i has a noise generator of its own, seeded with seed + i: the same seed gives the same
+picture whatever the batch. Each call makes a new folder, out/NAME/generated/0001 and so on, and
+overwrites nothing: 00000.png, 00001.png, ... (their metadata hold prompt, seed and settings),
+captions.txt, grid.png, and denoising.gif if asked for.
 
 [CFG] arXiv 2207.12598   [DPM++] arXiv 2211.01095
 """
@@ -27,7 +30,8 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
 from clip_text import count_truncated, load_text_tower, tokenize
-from model import UserError, UViT, autocast, choose_device, load_uvit, noise_schedule, read_checkpoint, run
+from model import (UserError, UViT, autocast, choose_device, load_uvit, noise_schedule,
+                   read_checkpoint, run)
 from vae import load_autoencoder, to_uint8
 
 
@@ -36,24 +40,25 @@ class Config:
     checkpoint: str = "out/shapes/last.pt"
     prompt: str = "three red circles and two blue squares"
     n: int = 8                      # pictures to make of it
-    steps: int = 50                 # of the solver; each costs one evaluation of a batch of 2 per picture
+    steps: int = 50                 # of the solver; each evaluates a batch of 2 per picture
     guidance_scale: float = 3.0     # w; 1 = no guidance
     seed: int = 0                   # of the first picture; picture i has seed + i
     batch_size: int = 64
     raw: bool = False               # True: the raw weights instead of their moving average (EMA)
     gif: bool = False               # True: also draw the x0 predictions of every step
-    out: str = ""                   # a new folder; "" = the next number in generated/ beside the checkpoint
+    out: str = ""                   # a new folder; "": the next in generated/ by the checkpoint
     weights: str = "weights"        # folder of the public weights, for checkpoints that need them
 
 
 # ---- 1. the solver ----
 
-def dpm_solver_pp_2m(predict_noise, zT: torch.Tensor, steps: int, trace: list | None = None) -> torch.Tensor:
-    """Solve from t = 1000 to t = 1 in `steps` equal steps of time; first order at the first and the last [DPM++, algorithm 2].
+def dpm_solver_pp_2m(predict_noise, zT: torch.Tensor, steps: int,
+                     trace: list | None = None) -> torch.Tensor:
+    """From t = 1000 to t = 1 in `steps` equal steps of time [DPM++, algorithm 2].
 
-    `predict_noise(z, t)` gets z (B, ...) and t (B,), which is fractional between the 1000 steps: there log alpha is interpolated
-    linearly. The last step is by far the longest in log-SNR, where the second-order correction overshoots. Every x0
-    prediction is appended to `trace`.
+    `predict_noise(z, t)` gets z (B, ...) and t (B,). Between whole t, log alpha is interpolated.
+    The first step has no step before it, and the last is by far the longest in log-SNR, so that the
+    correction would overshoot: both are of first order. Each x0 is appended to `trace`.
     """
     t = np.linspace(1000, 1, steps + 1)
     log_alpha = np.interp(t, np.arange(1001), 0.5 * noise_schedule().log().numpy())
@@ -64,9 +69,8 @@ def dpm_solver_pp_2m(predict_noise, zT: torch.Tensor, steps: int, trace: list | 
         eps = predict_noise(z, torch.full((len(z),), t[i], dtype=z.dtype, device=z.device))
         x0 = (z - sigma[i] * eps) / alpha[i]
         h = log_snr[i + 1] - log_snr[i]
-        if i == 0 or i == steps - 1:
-            D = x0
-        else:
+        D = x0
+        if 0 < i < steps - 1:
             r = (log_snr[i] - log_snr[i - 1]) / h
             D = x0 + (x0 - previous) / (2 * r)
         z = sigma[i + 1] / sigma[i] * z - alpha[i + 1] * math.expm1(-h) * D
@@ -79,24 +83,27 @@ def dpm_solver_pp_2m(predict_noise, zT: torch.Tensor, steps: int, trace: list | 
 # ---- 2. guidance ----
 
 def take_rows(text, rows: torch.Tensor):
-    """Rows of what `encode_text` returned: a tensor (concat), or keys and values by block (cross_attention)."""
+    """Rows of what `encode_text` gives: a tensor (concat), or keys and values (cross_attention)."""
     return text[rows] if torch.is_tensor(text) else [(k[rows], v[rows]) for k, v in text]
 
 
 @torch.no_grad()
-def sample_latents(net: UViT, context: torch.Tensor, rows: torch.Tensor, null_context: torch.Tensor, seeds: list[int],
-                   steps: int, guidance_scale: float, trace: list | None = None) -> torch.Tensor:
+def sample_latents(net: UViT, context: torch.Tensor, rows: torch.Tensor, null_context: torch.Tensor,
+                   seeds: list[int], steps: int, guidance_scale: float,
+                   trace: list | None = None) -> torch.Tensor:
     """Latents (B, C, H, W) float32, still multiplied by the latent scale.
 
-    context (R, L, E) are distinct prompts, rows (B,) says which one each picture follows, seeds (B,) make its initial noise.
+    context (R, L, E) are distinct prompts; picture i follows that of rows[i], from the noise of
+    seeds[i]. null_context (L, E).
     """
     config, device, w = net.config, context.device, guidance_scale
     shape = (config.channels, config.image_size, config.image_size)
-    zT = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
-    with autocast(device):
-        text = net.encode_text(torch.cat([context, null_context[None].to(context)]))      # once, whatever the steps
-    if w != 1:
-        rows = torch.cat([rows, torch.full_like(rows, len(context))])                     # the last row is the null context
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    zT = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    with autocast(device):                                              # once, whatever the steps
+        text = net.encode_text(torch.cat([context, null_context[None].to(context)]))
+    if w != 1:                                                          # the null context is last
+        rows = torch.cat([rows, torch.full_like(rows, len(context))])   # (2B,)
     text = take_rows(text, rows.to(device))
 
     def predict_noise(z, t):
@@ -104,7 +111,7 @@ def sample_latents(net: UViT, context: torch.Tensor, rows: torch.Tensor, null_co
             if w == 1:
                 return net.denoise(z, t, text).float()
             cond, uncond = net.denoise(torch.cat([z, z]), torch.cat([t, t]), text).float().chunk(2)
-        return uncond + w * (cond - uncond)                                               # [CFG]
+        return uncond + w * (cond - uncond)                             # [CFG]
 
     return dpm_solver_pp_2m(predict_noise, zT, steps, trace)
 
@@ -112,18 +119,20 @@ def sample_latents(net: UViT, context: torch.Tensor, rows: torch.Tensor, null_co
 # ---- 3. from a checkpoint ----
 
 class Pipeline:
-    """Everything that a checkpoint needs to draw: network, text tower, autoencoder, latent scale, null context."""
+    """A checkpoint with all that it needs to draw: network, text tower, autoencoder."""
 
     def __init__(self, path: str | Path, raw: bool = False, weights: str | Path = "weights"):
         checkpoint = read_checkpoint(path)
         meta = checkpoint["meta"]
-        self.path, self.meta, self.step, self.device = Path(path), meta, checkpoint["step"], choose_device()
-        self.net = load_uvit(checkpoint, "model" if raw else "ema", path).to(self.device)
-        self.text_tower = load_text_tower(meta["text_tower"], weights).to(self.device)
-        self.autoencoder = load_autoencoder(meta["autoencoder"], checkpoint.get("autoencoder"), weights).to(self.device)
-        self.latent_scale = checkpoint["latent_scale"]
-        null_context = checkpoint["null_context"]
-        self.null_context = self.encode([""])[0] if null_context is None else null_context.to(self.device).float()
+        self.path, self.meta, self.step = Path(path), meta, checkpoint["step"]
+        self.device = device = choose_device()
+        self.net = load_uvit(checkpoint, "model" if raw else "ema", path).to(device)
+        self.text_tower = load_text_tower(meta["text_tower"], weights).to(device)
+        self.autoencoder = load_autoencoder(meta["autoencoder"], checkpoint.get("autoencoder"),
+                                            weights).to(device)
+        self.latent_scale, null_context = checkpoint["latent_scale"], checkpoint["null_context"]
+        self.null_context = (self.encode([""])[0] if null_context is None
+                             else null_context.to(device).float())      # (L, E)
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> torch.Tensor:
@@ -136,12 +145,13 @@ class Pipeline:
         """Latents as the network sees them -> (B, 3, H, W) uint8 on the CPU."""
         return to_uint8(self.autoencoder.decode(latents / self.latent_scale)).cpu()
 
-    def draw(self, captions: list[str], seeds: list[int], steps: int, guidance_scale: float, trace: list | None = None):
+    def draw(self, captions: list[str], seeds: list[int], steps: int, guidance_scale: float,
+             trace: list | None = None) -> torch.Tensor:
         """One picture per caption and seed: (B, 3, H, W) uint8."""
         distinct = list(dict.fromkeys(captions))
         rows = torch.tensor([distinct.index(caption) for caption in captions])
-        latents = sample_latents(self.net, self.encode(distinct), rows, self.null_context, seeds, steps, guidance_scale, trace)
-        return self.decode(latents)
+        return self.decode(sample_latents(self.net, self.encode(distinct), rows, self.null_context,
+                                          seeds, steps, guidance_scale, trace))
 
 
 # ---- 4. pictures on disk ----
@@ -162,15 +172,16 @@ def wrap(text: str, font, width: int) -> list[str]:
 
 
 def draw_grid(pictures: torch.Tensor, captions: list[str], columns: int) -> Image.Image:
-    """Pictures (B, 3, H, W) uint8 with their captions below, small ones enlarged without smoothing."""
+    """Pictures (B, 3, H, W) uint8 above their captions; small ones are enlarged, not smoothed."""
     zoom = max(1, 128 // pictures.shape[-1])
     cell, font = zoom * pictures.shape[-1], ImageFont.load_default(size=11)
     lines = [wrap(caption, font, cell) for caption in captions]
-    margin, height = 8, cell + 14 * max(map(len, lines)) + 4
-    grid = Image.new("RGB", (columns * (cell + margin) + margin, -(-len(pictures) // columns) * (height + margin) + margin), "white")
+    margin, rows = 8, math.ceil(len(pictures) / columns)
+    across, down = cell + margin, cell + 14 * max(map(len, lines)) + 4 + margin
+    grid = Image.new("RGB", (columns * across + margin, rows * down + margin), "white")
     canvas = ImageDraw.Draw(grid)
     for i, picture in enumerate(pictures):
-        x, y = margin + i % columns * (cell + margin), margin + i // columns * (height + margin)
+        x, y = margin + i % columns * across, margin + i // columns * down
         grid.paste(to_image(picture).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
         for n, line in enumerate(lines[i]):
             canvas.text((x, y + cell + 2 + 14 * n), line, fill="black", font=font)
@@ -180,15 +191,18 @@ def draw_grid(pictures: torch.Tensor, captions: list[str], columns: int) -> Imag
 def new_folder(parent: Path) -> Path:
     """The next free numbered folder, created: parent/0001, parent/0002, ..."""
     for number in itertools.count(1):
+        folder = parent / f"{number:04d}"
         try:
-            (parent / f"{number:04d}").mkdir(parents=True)
-            return parent / f"{number:04d}"
+            folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
             continue
 
 
-def save_pictures(folder: Path, first: int, pictures: torch.Tensor, captions: list[str], seeds: list[int], settings: dict):
-    """Write first.png, ... with their caption, seed and settings as PNG text, and add a line "name<TAB>caption" each."""
+def save_pictures(folder: Path, first: int, pictures: torch.Tensor, captions: list[str],
+                  seeds: list[int], settings: dict):
+    """Write first.png, ... with caption, seed and settings as PNG text, and for each a line
+    "name<TAB>caption" in captions.txt."""
     with open(folder / "captions.txt", "a", encoding="utf-8") as file:
         for i, (picture, caption, seed) in enumerate(zip(pictures, captions, seeds), start=first):
             info = PngImagePlugin.PngInfo()
@@ -200,11 +214,14 @@ def save_pictures(folder: Path, first: int, pictures: torch.Tensor, captions: li
 
 def main(config: Config):
     if config.n < 1 or config.steps < 1 or config.batch_size < 1:
-        raise UserError(f"n={config.n}, steps={config.steps}, batch_size={config.batch_size}: expected 1 or more of each.")
+        raise UserError(f"n={config.n}, steps={config.steps}, batch_size={config.batch_size}: "
+                        f"expected 1 or more of each.")
     if not 0 <= config.seed < 2 ** 32 - config.n:
-        raise UserError(f"seed={config.seed}: expected 0 or more, and less than 2^32 for every picture.")
+        raise UserError(f"seed={config.seed}: expected 0 or more, and less than 2^32 for every "
+                        f"picture.")
     if config.out and Path(config.out).exists():
-        raise UserError(f"--out={config.out} exists already, and nothing is overwritten: name a new folder.")
+        raise UserError(f"--out={config.out} exists already, and nothing is overwritten: name a "
+                        f"new folder.")
     pipeline = Pipeline(config.checkpoint, config.raw, config.weights)
     length = pipeline.net.config.context_len
     if count_truncated([config.prompt], length):
@@ -215,22 +232,25 @@ def main(config: Config):
     else:
         folder = new_folder(pipeline.path.parent / "generated")
     seeds = list(range(config.seed, config.seed + config.n))
-    settings = {"guidance_scale": config.guidance_scale, "steps": config.steps, "sampler": "DPM-Solver++(2M)",
-                "checkpoint": config.checkpoint, "train_step": pipeline.step, "weights": "raw" if config.raw else "EMA"}
-    everything, trace = [], [] if config.gif else None
+    settings = {"guidance_scale": config.guidance_scale, "steps": config.steps,
+                "sampler": "DPM-Solver++(2M)", "checkpoint": config.checkpoint,
+                "train_step": pipeline.step, "weights": "raw" if config.raw else "EMA"}
+    parts, trace = [], [] if config.gif else None
     for i in tqdm(range(0, config.n, config.batch_size), desc="sampling", unit="batch"):
         part = seeds[i:i + config.batch_size]
-        pictures = pipeline.draw([config.prompt] * len(part), part, config.steps, config.guidance_scale,
-                                 trace if i == 0 else None)
-        save_pictures(folder, i, pictures, [config.prompt] * len(part), part, settings)
-        everything.append(pictures)
-    everything = torch.cat(everything)
+        prompts = [config.prompt] * len(part)
+        parts.append(pipeline.draw(prompts, part, config.steps, config.guidance_scale,
+                                   trace if i == 0 else None))
+        save_pictures(folder, i, parts[-1], prompts, part, settings)
+    labels = [f"seed {seed}" for seed in seeds]
     columns = min(8, math.ceil(math.sqrt(config.n)))
-    draw_grid(everything, [f"seed {seed}" for seed in seeds], columns).save(folder / "grid.png")
+    draw_grid(torch.cat(parts), labels, columns).save(folder / "grid.png")
     if config.gif:
-        frames = [draw_grid(pipeline.decode(x0), [f"seed {seed}" for seed in seeds[:len(x0)]], columns) for x0 in trace]
-        frames[0].save(folder / "denoising.gif", save_all=True, append_images=frames[1:], duration=[80] * (len(frames) - 1) + [1500], loop=0)
-    print(f"{config.n} pictures of {config.prompt!r} are in {folder}; look at {folder / 'grid.png'}")
+        frames = [draw_grid(pipeline.decode(x0), labels[:len(x0)], columns) for x0 in trace]
+        frames[0].save(folder / "denoising.gif", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[80] * (len(frames) - 1) + [1500])
+    print(f"{config.n} pictures of {config.prompt!r} are in {folder}; "
+          f"look at {folder / 'grid.png'}")
 
 
 if __name__ == "__main__":

@@ -300,6 +300,41 @@ def test_running_out_of_memory_is_answered_with_a_smaller_batch(monkeypatch):
         train.main(tiny())
 
 
+def test_running_out_of_memory_before_the_first_step_is_answered_too(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "compile_guarded", full)
+    with pytest.raises(UserError, match="--batch_size=4 --grad_accum=2") as caught:
+        train.main(tiny())
+    assert "--resume" not in str(caught.value)                  # there is nothing to go on with yet
+
+
+def test_a_run_whose_name_has_a_folder_names_itself_rightly(monkeypatch, capsys):
+    stop_after(2, monkeypatch)
+    train.main(tiny(name="some/run"))
+    assert "--name=some/run" in capsys.readouterr().out.split("go on with:")[1]
+
+
+def test_a_checkpoint_from_before_a_constant_was_added_goes_on():
+    train.main(tiny(steps=1))
+    path = Path("out/run/last.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["config"]["t_power"]
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"gone": 1}}, path)
+    train.main(tiny(steps=2, resume=True))
+    assert read_checkpoint(path)["step"] == 2
+
+
+def test_weights_without_a_run_cannot_be_gone_on_with():
+    train.main(tiny(steps=1))
+    path = Path("out/run/last.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["optimizer"]
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="weights alone"):
+        train.main(tiny(resume=True))
+
+
 @pytest.mark.parametrize("changes, words", [({"batch_size": 0}, "batch_size=0"), ({"precision": "half"}, "--precision=half"),
                                             ({"compile": "yes"}, "--compile=yes"), ({"data": "data/none"}, "prepare_data.py"),
                                             ({"resume": True}, "no such file"), ({"n_fuse": 2}, "n_fuse=2")])
