@@ -302,6 +302,11 @@ class UViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    @property
+    def stack(self):
+        """All blocks but those of the text, in the order in which tokens go through them."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
     def positions(self):
         """The learned positions of (time, text, image), in the order of the official file."""
         return self.pos_embed.split([1, self.config.context_len, self.config.image_tokens], dim=1)
@@ -317,8 +322,7 @@ class UViT(nn.Module):
             text = block(text)
         if self.config.conditioning == "concat":
             return text
-        stack = [*self.in_blocks, self.mid_block, *self.out_blocks]
-        return [stack[i].keys_values(text) for i in self.config.window]
+        return [self.stack[i].keys_values(text) for i in self.config.window]
 
     def denoise(self, zt: torch.Tensor, t: torch.Tensor, text) -> torch.Tensor:
         """The half that runs at each step: zt (B, C, H, W), t (B,) in 1..1000 and the text of
@@ -330,7 +334,7 @@ class UViT(nn.Module):
         image = self.patch_embed["proj"](zt).flatten(2).mT              # (B, N, D)
         x = torch.cat([time + time_pos, image + image_pos], dim=1)      # (B, 1+N, D)
         skips, middle = [], len(self.in_blocks)
-        for i, block in enumerate([*self.in_blocks, self.mid_block, *self.out_blocks]):
+        for i, block in enumerate(self.stack):
             if concat and i == window.start:
                 x = torch.cat([x, text], dim=1)                         # (B, 1+N+L, D) text enters
             if i > middle:
