@@ -532,17 +532,12 @@ def draw_samples(pipeline: Pipeline, folder: Path, captions: list[str], guidance
 
 # ---- 6. shapes, and real pictures ----
 
-def open_pictures(data: str) -> np.ndarray:
-    """All held-out pictures (M, S, S, 3) uint8 of a cache, left on disk until they are indexed."""
-    return np.load(Path(data) / "val_images.npy", mmap_mode="r", allow_pickle=False)
-
-
 class ShapesScorer:
     """Accuracy by the detector, which needs no weights."""
 
     def __init__(self, cache: Cache, rows: np.ndarray, captions: list[str], config: Config):
-        images, device = open_pictures(config.data), choose_device()
-        real, shuffled = [images[row] for row in rows], captions[1:] + captions[:1]
+        real, shuffled = cache.val_images[rows], captions[1:] + captions[:1]
+        device = choose_device()
         autoencoder = load_autoencoder(cache.meta["autoencoder"], cache.autoencoder, config.weights)
         autoencoder.to(device)
         mean = torch.from_numpy(cache.val.moments[rows]).to(device).chunk(2, dim=1)[0]
@@ -580,10 +575,10 @@ def batches(pictures: list, device: torch.device, label: str) -> Iterator[torch.
         yield torch.from_numpy(part).permute(0, 3, 1, 2).to(device)
 
 
-def reference_statistics(data: str, inception: Inception, weights: str,
+def reference_statistics(data: str, images: np.ndarray, inception: Inception, weights: str,
                          device: torch.device) -> dict[str, np.ndarray]:
     """Those of all held-out pictures, kept on disk until they or the weights' SHA-256 change."""
-    source, images = Path(data) / "val_images.npy", open_pictures(data)
+    source = Path(data) / "val_images.npy"
     path = source.with_name(f"fid_reference_{len(images)}.npz")
     if path.exists() and path.stat().st_mtime_ns > source.stat().st_mtime_ns:
         with np.load(path, allow_pickle=False) as file:
@@ -610,8 +605,9 @@ class RealScorer:
         self.inception = load_inception(inception).to(self.device)
         self.clip_image = load_clip_image(clip).to(self.device)
         self.clip_text = load_clip_text(clip).to(self.device)
-        self.reference = reference_statistics(config.data, self.inception, digest, self.device)
-        images, size = open_pictures(config.data), cache.meta["image_size"]
+        images, size = cache.val_images, cache.meta["image_size"]
+        self.reference = reference_statistics(config.data, images, self.inception, digest,
+                                              self.device)
         self.protocol = {
             "reference": {
                 "split": f"all held-out pictures of {config.data}", "pictures": len(images),

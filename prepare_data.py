@@ -1,38 +1,39 @@
-"""Pictures and captions -> a cache of latents and text features in data/NAME/, which is all that train.py reads.
+"""Pictures and captions -> data/NAME/, a cache of latents and text features for train.py.
 
-    python prepare_data.py                                      # captioned shapes, drawn here; train.py does it by itself
-    python prepare_data.py --dataset=coco                       # MS-COCO 2014: 22 GB of downloads, 62 GB of cache
-    python prepare_data.py --dataset=folder --pictures=DIR      # your own pictures and captions
+    python prepare_data.py                                  # captioned shapes (train.py runs this)
+    python prepare_data.py --dataset=coco                   # MS-COCO: 22 GB fetched, 62 GB cached
+    python prepare_data.py --dataset=folder --pictures=DIR  # your own pictures and captions
     python prepare_data.py --autoencoder=kl --text_tower=clip --image_size=256 --out=data/shapes256
 
-    pictures --crop, resize--> (3, S, S) --autoencoder--> moments (2C, h, w)      train_moments.npy, val_moments.npy
-    captions --tokenize--> (L,) ids      --text tower---> features (L, E)         text.npy, one row per distinct caption
+    pictures --crop, resize--> (3, S, S) --autoencoder--> moments (2C, h, w)
+    captions --tokenize--> (L,) ids --text tower--> features (L, E)
 
-The autoencoder and the text tower are frozen, so each picture and each caption goes through them once. Moments are cached,
-not samples: the latent is drawn anew at every access, and nothing random is frozen in. The public weights (2 GB) and COCO
-are downloaded if they are not there. Killed at any point, the same command goes on where it stopped.
+The autoencoder and the text tower are frozen, so each picture and each caption goes through them
+once. Moments are cached, not samples: a latent is drawn anew at every access. The public weights
+(2 GB) and COCO are downloaded if they are not there. Killed at any point, the same command goes on
+where it stopped.
 
     meta.json                 written last: a folder without it is not a cache
-    captions.txt, text.npy    row i of the features belongs to line i; row 0 is the empty caption, the null context
-    train_pairs.npy           (K, 2): picture, caption row; sorted by picture, which may have several captions
-    val_pairs.npy             the same, with the first caption of each held-out picture only
+    captions.txt, text.npy    row i for line i; row 0 is the empty caption, the null context
+    train_moments.npy         (N, 2C, h, w); and val_moments.npy, of the M held-out pictures
+    train_pairs.npy           (K, 2): picture, caption row; a picture may have several captions
+    val_pairs.npy             the same, with only the first caption of each held-out picture
     val_images.npy            (M, S, S, 3) uint8: the held-out pictures, for reference scores
-    val_unseen.npy            (M,) bool, shapes only: whether a held-out caption has a combination that training never shows
+    val_unseen.npy            (M,) bool, shapes only: whether training never shows that combination
     preview.png               look at it before you train
 
-The shapes: one to five circles, squares and triangles in six colours, captioned by number ("three red circles and two blue
-squares") or by place ("a red circle to the left of a blue square"). A fixed tenth of the combinations never occurs in
-training, so that evaluate.py, which reads a caption back into its scene, can score unseen ones apart.
+The shapes: one to five circles, squares and triangles in six colours, captioned by number ("three
+red circles and two blue squares") or by place ("a red circle to the left of a blue square"). A
+fixed tenth of the combinations never occurs in training, so that evaluate.py, which reads a
+caption back into its scene, can score unseen ones apart.
 
-Five parts: 1 captioned shapes, 2 public files, 3 COCO and your own pictures, 4 the cache, 5 preparing.
+Five parts: 1 shapes, 2 public files, 3 COCO and your own pictures, 4 the cache, 5 preparing.
 """
 import csv
-import dataclasses
 import errno
 import hashlib
 import http.client
 import io
-import itertools
 import json
 import math
 import os
@@ -40,9 +41,10 @@ import shutil
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import permutations
+from itertools import islice, permutations
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +52,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from clip_text import CONTEXT_LEN, count_truncated, load_clip_text, random_clip_text, tokenize, weights_sha256
+from clip_text import (CONTEXT_LEN, count_truncated, load_clip_text, random_clip_text, tokenize,
+                       weights_sha256)
 from model import UserError, choose_device, run, sha256
 from sample import draw_grid
 from vae import LinearAutoencoder, load_vae, sample_latent, to_uint8, to_unit
@@ -65,54 +68,56 @@ class Config:
     weights: str = "weights"        # where the public weights are, or are downloaded to
     seed: int = 0                   # of the shapes and of the random text tower
     # for these, "" and 0 mean the dataset's own
-    autoencoder: str = ""           # linear (shapes), kl (coco, folder), or a file of KL weights
-    text_tower: str = ""            # random (shapes), clip (coco, folder), or a file of CLIP weights
-    image_size: int = 0             # S, side of the pictures in pixels, a multiple of 32; 32 (shapes), 256 (coco, folder)
-    context_len: int = 0            # L, text tokens; 77, or 16 for shapes with the random tower: their captions need 12
+    autoencoder: str = ""           # linear (shapes), kl (coco, folder), or a KL weight file
+    text_tower: str = ""            # random (shapes), clip (coco, folder), or a CLIP weight file
+    image_size: int = 0             # S, side in pixels, a multiple of 32; 32 (shapes), else 256
+    context_len: int = 0            # L, text tokens; 77, or 16 for shapes with the random tower
     train_images: int = 0           # 20,000 (shapes), all there are (coco, folder)
-    val_images: int = 0             # held-out pictures; 1,000 (shapes), 30,000 (coco), a tenth, at most 1,000 (folder)
+    val_images: int = 0             # 1,000 (shapes), 30,000 (coco), a tenth, at most 1,000 (folder)
 
 
-DEFAULTS = {"shapes": {"autoencoder": "linear", "text_tower": "random", "image_size": 32, "train_images": 20_000,
-                       "val_images": 1_000},
-            "coco": {"autoencoder": "kl", "text_tower": "clip", "image_size": 256, "val_images": 30_000},
-            "folder": {"autoencoder": "kl", "text_tower": "clip", "image_size": 256}}
+REAL = {"autoencoder": "kl", "text_tower": "clip", "image_size": 256}
+DEFAULTS = {"shapes": {"autoencoder": "linear", "text_tower": "random", "image_size": 32,
+                       "train_images": 20_000, "val_images": 1_000},
+            "coco": REAL | {"val_images": 30_000}, "folder": REAL}
 CACHE_FORMAT = "midfuse-cache-1"
-# Most of a shapes picture is background, so that at standard deviation 1 its few objects would show through the noise even at
-# t = 1000, and a sampler, which starts from noise alone, would start where training never was.
-LATENT_STD = 0.5                    # of the linear autoencoder's scaled latents; 1 for the KL autoencoder [LDM]
+# Most of a shapes picture is background. At standard deviation 1 its few objects would show through
+# the noise even at t = 1000, but a sampler starts from noise alone, where training never was.
+LATENT_STD = 0.5    # of scaled latents of the linear autoencoder; the KL autoencoder's have 1 [LDM]
 
 
 def complete(config: Config) -> Config:
-    """The constants with those of the dataset in place of "" and 0; raises UserError for impossible ones."""
+    """The constants, with the dataset's own for "" and 0; raises UserError for impossible ones."""
     if config.dataset not in DEFAULTS:
         raise UserError(f"--dataset={config.dataset}: expected shapes, coco or folder.")
-    own = {key: value for key, value in DEFAULTS[config.dataset].items() if not getattr(config, key)}
-    config = dataclasses.replace(config, **own)
+    own = DEFAULTS[config.dataset]
+    config = replace(config, **{key: own[key] for key in own if not getattr(config, key)})
     if not config.context_len:
-        short = config.dataset == "shapes" and config.text_tower == "random"
-        config = dataclasses.replace(config, context_len=16 if short else CONTEXT_LEN)
+        short = config.dataset == "shapes" and config.text_tower == "random"    # captions need 12
+        config = replace(config, context_len=16 if short else CONTEXT_LEN)
     if config.image_size % 32 or config.image_size < 32:
         raise UserError(f"--image_size={config.image_size}: expected a multiple of 32.")
     if config.context_len < 2 or min(config.train_images, config.val_images) < 0:
-        raise UserError(f"context_len={config.context_len}, train_images={config.train_images}, val_images={config.val_images}: "
-                        f"expected 2 or more tokens, and no negative number of pictures.")
+        raise UserError(f"context_len={config.context_len}, train_images={config.train_images}, "
+                        f"val_images={config.val_images}: expected 2 or more tokens, and no "
+                        f"negative number of pictures.")
     return config
 
 
 # ---- 1. captioned shapes ----
 
 BACKGROUND = (245, 245, 240)
-COLOURS = {"red": (225, 45, 45), "green": (40, 165, 70), "blue": (45, 85, 225), "yellow": (245, 200, 30),
-           "purple": (160, 50, 190), "cyan": (40, 190, 215)}
+COLOURS = {"red": (225, 45, 45), "green": (40, 165, 70), "blue": (45, 85, 225),
+           "yellow": (245, 200, 30), "purple": (160, 50, 190), "cyan": (40, 190, 215)}
 SHAPES = ("circle", "square", "triangle")
 COUNTS = ("one", "two", "three", "four", "five")
-RELATIONS = {"to the left of": (0, -1), "to the right of": (0, 1), "above": (-1, 0), "below": (1, 0)}   # (rows, columns)
+RELATIONS = {"to the left of": (0, -1), "to the right of": (0, 1),      # (rows, columns)
+             "above": (-1, 0), "below": (1, 0)}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: groups of (count, colour, shape), and where the first is relative to the second, or ""."""
+    """What a caption says: groups of (count, colour, shape), or two objects and their relation."""
     groups: tuple[tuple[int, str, str], ...]
     relation: str = ""
 
@@ -121,7 +126,8 @@ class Scene:
         if self.relation:
             (_, colour, shape), (_, other_colour, other_shape) = self.groups
             return f"a {colour} {shape} {self.relation} a {other_colour} {other_shape}"
-        return " and ".join(f"{COUNTS[count - 1]} {colour} {shape}{'s' * (count > 1)}" for count, colour, shape in self.groups)
+        return " and ".join(f"{COUNTS[count - 1]} {colour} {shape}{'s' * (count > 1)}"
+                            for count, colour, shape in self.groups)
 
     @property
     def objects(self) -> list[tuple[str, str]]:
@@ -131,11 +137,11 @@ class Scene:
 
 @cache
 def list_scenes() -> tuple[list[Scene], list[Scene], list[Scene]]:
-    """Every scene there is: 90 of one group, 3,060 of two groups with at most five objects, 1,224 relations."""
+    """All: 90 of one group, 3,060 of two groups with at most five objects, 1,224 relations."""
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     one = [Scene(((count, *kind),)) for count in range(1, 6) for kind in kinds]
-    two = [Scene(((count, *first), (total - count, *second)))
-           for total in range(2, 6) for count in range(1, total) for first, second in permutations(kinds, 2)]
+    two = [Scene(((count, *first), (total - count, *second))) for total in range(2, 6)
+           for count in range(1, total) for first, second in permutations(kinds, 2)]
     relations = [Scene(((1, *first), (1, *second)), relation)
                  for relation in RELATIONS for first, second in permutations(kinds, 2)]
     return one, two, relations
@@ -149,9 +155,9 @@ def scene_of() -> dict[str, Scene]:
 
 @cache
 def unseen_scenes() -> frozenset[Scene]:
-    """The scenes with a combination that never occurs in training, whatever the seed.
+    """The scenes that never occur in training, whatever the seed.
 
-    A fixed tenth of the 90 (count, colour, shape), with every pair of groups that holds one of them, and of the 1,224 relations.
+    A fixed tenth of the relations and of the single groups, and every pair with such a group.
     """
     def tenth(scenes):
         order = np.random.default_rng(2403_16530).permutation(len(scenes))
@@ -171,7 +177,7 @@ def choose_scene(rng: np.random.Generator, unseen: bool) -> Scene:
 
 
 def place_objects(scene: Scene) -> list[tuple[int, int]]:
-    """A cell (row, column) of a 3x3 board for each object: a count in reading order, a relation across the middle."""
+    """Each object's cell (row, column) of 3x3: counts in reading order, relations about (1, 1)."""
     if scene.relation:
         rows, columns = RELATIONS[scene.relation]
         return [(1 + rows, 1 + columns), (1 - rows, 1 - columns)]
@@ -179,16 +185,13 @@ def place_objects(scene: Scene) -> list[tuple[int, int]]:
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
-    """The picture of a scene, anti-aliased: (size, size, 3) uint8. Lengths are for a picture of side 32.
-
-    All shapes fill the same box of side 2r, and so differ in area: 4 r^2, pi r^2, 2 r^2.
-    """
-    zoom = 8                                                        # drawn 8 times larger, then averaged
+    """The picture of a scene, anti-aliased: (size, size, 3) uint8. Lengths are for a side of 32."""
+    zoom = 8                                            # drawn 8 times larger, then averaged
     image = Image.new("RGB", (size * zoom, size * zoom), BACKGROUND)
     canvas, unit = ImageDraw.Draw(image), size * zoom / 32
     for (row, column), (colour, shape) in zip(place_objects(scene), scene.objects):
         y, x = [(16 + 12 * (cell - 1) + rng.uniform(-0.4, 0.4)) * unit for cell in (row, column)]
-        r = rng.uniform(3.1, 3.5) * unit
+        r = rng.uniform(3.1, 3.5) * unit        # areas differ, the box of side 2r is the same
         if shape == "circle":
             canvas.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
         elif shape == "square":
@@ -199,15 +202,14 @@ def draw_scene(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 class Shapes:
-    """A split of the shapes dataset: picture i is a function of (seed, split, i), on any machine."""
+    """A split of the shapes: picture i is a function of (seed, split, i), on any machine."""
 
     def __init__(self, config: Config, split: str):
         config = complete(config)
         self.size, self.key = config.image_size, (config.seed, ["train", "val"].index(split))
-        count = config.train_images if split == "train" else config.val_images
-        self.names = range(count)
+        self.names = range(getattr(config, f"{split}_images"))
         rng = np.random.default_rng(self.key)
-        self.scenes = [choose_scene(rng, unseen=split == "val" and i % 2 == 1) for i in range(count)]
+        self.scenes = [choose_scene(rng, unseen=split == "val" and i % 2 == 1) for i in self.names]
         self.captions = [[scene.caption] for scene in self.scenes]
 
     def load(self, i: int) -> np.ndarray:
@@ -216,70 +218,78 @@ class Shapes:
 
 # ---- 2. public files ----
 
-COCO = "http://images.cocodataset.org"              # http: its certificate doesn't cover a name with dots
-HUGGING_FACE = "https://huggingface.co"
-FILES = {       # name here -> (where it is, bytes, SHA-256). COCO publishes no hashes: its three are those of mirrors' copies
-    "annotations_trainval2014.zip": (f"{COCO}/annotations/annotations_trainval2014.zip", 252_872_794,
-                                     "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009"),
-    "train2014.zip": (f"{COCO}/zips/train2014.zip", 13_510_573_713,
-                      "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775"),
-    "val2014.zip": (f"{COCO}/zips/val2014.zip", 6_645_013_297,
-                    "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0"),
-    # The autoencoder as Stable Diffusion 1.4 has it, most likely U-ViT's and the paper's own. The later "ft-mse" and "ft-ema"
-    # share its encoder, so caches would be the same, but decode otherwise, which moves the FID.
-    "kl-f8.bin": (f"{HUGGING_FACE}/CompVis/stable-diffusion-v1-4/resolve/main/vae/diffusion_pytorch_model.bin", 334_707_217,
-                  "1b134cded8eb78b184aefb8805b6b572f36fa77b255c483665dda931fa0130c5"),
+COCO = "http://images.cocodataset.org"      # http: its certificate doesn't cover a name with dots
+HF = "https://huggingface.co"
+FILES = {       # name -> (address, bytes, SHA-256); COCO publishes no hashes: these are mirrors'
+    "annotations_trainval2014.zip": (f"{COCO}/annotations/annotations_trainval2014.zip",
+        252_872_794, "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009"),
+    "train2014.zip": (f"{COCO}/zips/train2014.zip",
+        13_510_573_713, "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775"),
+    "val2014.zip": (f"{COCO}/zips/val2014.zip",
+        6_645_013_297, "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0"),
+    # The autoencoder of Stable Diffusion 1.4, most likely U-ViT's and the paper's own. The later
+    # "ft-mse" and "ft-ema" share its encoder, and so its caches, but their decoders move the FID.
+    "kl-f8.bin": (
+        f"{HF}/CompVis/stable-diffusion-v1-4/resolve/main/vae/diffusion_pytorch_model.bin",
+        334_707_217, "1b134cded8eb78b184aefb8805b6b572f36fa77b255c483665dda931fa0130c5"),
     # OpenAI's own addresses are gone; their ViT-L-14.pt can be given by path.
-    "clip-vit-large-patch14.bin": (f"{HUGGING_FACE}/openai/clip-vit-large-patch14/resolve/main/pytorch_model.bin", 1_710_671_599,
-                                   "f1a17cdbe0f36fec524f5cafb1c261ea3bbbc13e346e0f74fc9eb0460dedd0d3"),
-    "pt_inception-2015-12-05-6726825d.pth": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                                             "pt_inception-2015-12-05-6726825d.pth", 95_628_359,
-                                             "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
+    "clip-vit-large-patch14.bin": (
+        f"{HF}/openai/clip-vit-large-patch14/resolve/main/pytorch_model.bin",
+        1_710_671_599, "f1a17cdbe0f36fec524f5cafb1c261ea3bbbc13e346e0f74fc9eb0460dedd0d3"),
+    "pt_inception-2015-12-05-6726825d.pth": (
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth",
+        95_628_359, "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
 }
+ARCHIVES = ("train2014.zip", "val2014.zip")     # of COCO's pictures
 
 
 def check_space(needs: dict[Path, int]):
-    """Say how many bytes are about to be written to each folder; raises UserError if a disk has not the room for its share."""
-    disks = {}                                                      # device -> (free bytes, needed bytes, folders)
+    """Print the bytes still to be written to each folder; raises UserError if a disk lacks room."""
+    disks = {}                                  # device -> (free bytes, needed bytes, folders)
     for folder, size in needs.items():
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        free, needed, folders = disks.get(there.stat().st_dev, (shutil.disk_usage(there).free, 0, []))
-        disks[there.stat().st_dev] = (free, needed + size, [*folders, f"{size / 1e9:,.2f} GB to {folder}"])
+        there = next(path for path in (folder / "new").absolute().parents if path.exists())
+        _, needed, folders = disks.get(there.stat().st_dev, (0, 0, []))
+        disks[there.stat().st_dev] = (shutil.disk_usage(there).free, needed + size,
+                                      [*folders, f"{size / 1e9:,.2f} GB to {folder}"])
     for free, needed, folders in disks.values():
         if needed > free:
-            raise UserError(f"There is not enough room: {needed:,} bytes are still to be written ({', '.join(folders)}), and the "
-                            f"disk has {free:,} free; make room, or name another disk with --out, --downloads or --weights.")
+            raise UserError(f"There is not enough room: {needed:,} bytes are still to be written "
+                            f"({', '.join(folders)}), and the disk has {free:,} free; make room, "
+                            f"or name another disk with --out, --downloads or --weights.")
         print(f"disk space: {', '.join(folders)}; {free / 1e9:,.1f} GB are free.")
 
 
 def count_missing(files: dict[Path, int]) -> int:
     """Bytes still to be written to files of these sizes."""
-    return sum(max(0, size - (path.stat().st_size if path.exists() else 0)) for path, size in files.items())
+    return sum(max(0, size - (path.stat().st_size if path.exists() else 0))
+               for path, size in files.items())
 
 
 def read_blocks(response):
     """What a server sends, until its end or until the connection breaks."""
-    try:
+    with suppress(OSError, http.client.HTTPException):
         while block := response.read(1 << 20):
             yield block
-    except (OSError, http.client.HTTPException):
-        return
 
 
 def download(url: str, size: int, part: Path):
-    """Append to `part` until it has `size` bytes: over a broken connection, and in a later call, it goes on where it stopped."""
-    with open(part, "ab") as file, tqdm(total=size, initial=file.tell(), desc=part.stem, unit="B", unit_scale=True) as bar:
+    """Append to `part` until it has `size` bytes: after a break, or in a later call, it goes on."""
+    with (open(part, "ab") as file,
+          tqdm(total=size, initial=file.tell(), desc=part.stem, unit="B", unit_scale=True) as bar):
         while (begin := file.tell()) < size:
             request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-"})
             with urllib.request.urlopen(request, timeout=60) as response:
-                if response.status != 206:                          # a server that can only begin at the beginning
+                if response.status != 206:      # a server that can only begin at the beginning
                     file.seek(0)
                     file.truncate()
                     bar.reset()
                 promised = file.tell() + int(response.headers["Content-Length"] or 0)
                 if promised != size:
-                    raise UserError(f"{url} answers with {promised:,} bytes of {response.headers.get_content_type()}, expected "
-                                    f"{size:,}: another file, or a web page that asks for something; look at it in a browser.")
+                    kind = response.headers.get_content_type()
+                    raise UserError(f"{url} answers with {promised:,} bytes of {kind}, expected "
+                                    f"{size:,}: another file, or a web page that asks for "
+                                    f"something; look at it in a browser.")
                 for block in read_blocks(response):
                     file.write(block)
                     bar.update(len(block))
@@ -294,23 +304,26 @@ def find_download(name: str, folder: str | Path) -> Path:
 
 
 def fetch(name: str, folder: str | Path) -> Path:
-    """The public file `name` in `folder`, found there or downloaded, with the right SHA-256; raises UserError."""
-    (url, size, expected), path, file = FILES[name], Path(folder) / name, find_download(name, folder)
+    """The public file `name` in `folder`, found or downloaded, and checked; raises UserError."""
+    url, size, expected = FILES[name]
+    path, file = Path(folder) / name, find_download(name, folder)
     if file != path:
         check_space({path.parent: count_missing({file: size})})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             download(url, size, file)
         except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url} could not be fetched ({error}): run the same command again, which goes on where it stopped, "
-                            f"or fetch it elsewhere and put it here as {path} ({size:,} bytes, SHA-256 {expected}).") from None
+            raise UserError(f"{url} could not be fetched ({error}): run the same command again, "
+                            f"which goes on where it stopped, or fetch it elsewhere and put it "
+                            f"here as {path} ({size:,} bytes, SHA-256 {expected}).") from None
     print(f"checking {file}")
     found = sha256(file)
     if found != expected:
         with open(file, "rb") as start:
             html = " and looks like HTML" if start.read(512).lstrip().startswith(b"<") else ""
-        raise UserError(f"{file} has {file.stat().st_size:,} bytes, SHA-256 {found}{html}; expected {size:,} bytes, SHA-256 "
-                        f"{expected}, from {url}: delete it and run the same command again, which fetches it anew.")
+        raise UserError(f"{file} has {file.stat().st_size:,} bytes, SHA-256 {found}{html}; "
+                        f"expected {size:,} bytes, SHA-256 {expected}, from {url}: delete it and "
+                        f"run the same command again, which fetches it anew.")
     os.replace(file, path)
     return path
 
@@ -318,7 +331,7 @@ def fetch(name: str, folder: str | Path) -> Path:
 # ---- 3. COCO and your own pictures ----
 
 def clean(caption: str) -> str:
-    """One line, one space between words; whatever can't be written as UTF-8 becomes a question mark."""
+    """One line, one space between words; what can't be written as UTF-8 becomes a question mark."""
     return " ".join(caption.encode(errors="replace").decode().split())
 
 
@@ -326,50 +339,48 @@ def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
     """An RGB picture -> its central square, then Lanczos [U-ViT]: (size, size, 3) uint8."""
     side = min(image.size)
     x, y = (image.width - side) // 2, (image.height - side) // 2
-    return np.asarray(image.crop((x, y, x + side, y + side)).resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(image.crop((x, y, x + side, y + side)).resize((size, size), Image.LANCZOS))
 
 
 class Coco:
-    """A split of MS-COCO 2014, read straight out of its archive: pictures by image id, captions in their file's order [U-ViT].
+    """A split of MS-COCO 2014: pictures by image id, captions in their file's order [U-ViT]."""
 
-    The first 30,000 validation pictures by id are those of the paper's own evaluation.
-    """
-
-    def __init__(self, config: Config, split: str, annotations: dict):
-        captions = {image["id"]: [] for image in annotations["images"]}
+    def __init__(self, config: Config, split: str, texts: zipfile.ZipFile):
+        annotations = json.loads(texts.read(f"annotations/captions_{split}2014.json"))
+        names = {image["id"]: image["file_name"] for image in annotations["images"]}
+        captions = {i: [] for i in names}
         for annotation in annotations["annotations"]:
             captions[annotation["image_id"]].append(clean(annotation["caption"]))
-        images = sorted((image for image in annotations["images"] if captions[image["id"]]), key=lambda image: image["id"])
-        images = images[:(config.train_images if split == "train" else config.val_images) or None]
+        # the first 30,000 of the validation split are those of the paper's own evaluation
+        ids = sorted(i for i in names if captions[i])[:getattr(config, f"{split}_images") or None]
         self.size, self.archive = config.image_size, None
-        self.names = [f"{split}2014/{image['file_name']}" for image in images]
-        self.captions = [captions[image["id"]] for image in images]
+        self.names = [f"{split}2014/{names[i]}" for i in ids]
+        self.captions = [captions[i] for i in ids]
 
     def open(self, archive: Path):
-        self.archive = zipfile.ZipFile(archive)
+        self.archive = zipfile.ZipFile(archive)         # is read as it is, not unpacked
 
     def load(self, i: int) -> np.ndarray:
         with self.archive.open(self.names[i]) as file, Image.open(file) as image:
-            return crop_and_resize(image.convert("RGB"), self.size)         # a few are grey
+            return crop_and_resize(image.convert("RGB"), self.size)             # a few are grey
 
 
 def open_coco(config: Config) -> tuple[Coco, Coco]:
     """(training, held-out) with captions; the pictures are there after `open`."""
-    with zipfile.ZipFile(fetch("annotations_trainval2014.zip", config.downloads)) as archive:
-        files = {split: json.loads(archive.read(f"annotations/captions_{split}2014.json")) for split in ("train", "val")}
-    return tuple(Coco(config, split, annotations) for split, annotations in files.items())
+    with zipfile.ZipFile(fetch("annotations_trainval2014.zip", config.downloads)) as texts:
+        return Coco(config, "train", texts), Coco(config, "val", texts)
 
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture -> RGB: upright as its EXIF data say, 16 bits cut to 8, transparent places white."""
+    """Any picture -> RGB: upright by its EXIF data, 16 bits cut to 8, transparent places white."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers")
-    if image.mode.startswith("I"):                                  # 16-bit grey, which Pillow would clip at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):              # 16-bit grey, which Pillow would clip at 255
+        return Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 256)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -397,100 +408,113 @@ class Folder:
 
 
 def read_captions(folder: Path) -> dict[str, list[str]]:
-    """Picture -> captions: from the .jsonl or .csv in the folder, if there is one, else from .txt files beside the pictures.
+    """Picture -> captions: from the folder's .jsonl or .csv, else from the pictures' .txt files.
 
-    A .txt has one caption a line; a .jsonl lines with "file_name" and "text", a caption or a list of them; a .csv columns of
-    these names, and as many rows for a picture as it has captions.
+    A .txt has one caption a line; a .jsonl lines with "file_name" and "text", a caption or a list
+    of them; a .csv columns of these names, and as many rows for a picture as it has captions.
     """
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     captions = {path.relative_to(folder).as_posix(): [] for path in pictures}
     tables = sorted(path for path in folder.iterdir() if path.suffix in (".jsonl", ".csv"))
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables[:5])
-        raise UserError(f"{folder} has several tables of captions ({names}): leave only one of them there.")
+        raise UserError(f"{folder} has several tables of captions ({names}): "
+                        f"leave only one of them there.")
     for table in tables:
         with open(table, encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows = csv.DictReader(file) if table.suffix == ".csv" else map(json.loads, filter(str.strip, file))
-            number = 0
+            is_csv, number = table.suffix == ".csv", 0
+            rows = csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file))
             try:
                 for number, row in enumerate(rows, start=1):
                     texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
                     captions.setdefault(row["file_name"], []).extend(map(clean, texts))
             except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
-                raise UserError(f"{table}, after {number} rows: {error!r}; expected file_name and text in each.") from None
+                raise UserError(f"{table}, after {number} rows: {error!r}; "
+                                f"expected file_name and text in each.") from None
     for path in pictures if not tables else []:
-        if path.with_suffix(".txt").exists():
-            lines = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        if (beside := path.with_suffix(".txt")).exists():
+            lines = beside.read_text(encoding="utf-8-sig", errors="replace").splitlines()
             captions[path.relative_to(folder).as_posix()] = list(map(clean, lines))
     return {name: [text for text in texts if text] for name, texts in captions.items()}
 
 
 def say_skipped(why: str, names: list[str]):
     if names:
-        print(f"skipped, {why}: {len(names):,} pictures: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+        first = ", ".join(names[:5]) + " ..." * (len(names) > 5)
+        print(f"skipped, {why}: {len(names):,} pictures: {first}")
 
 
 def open_folder(config: Config) -> tuple[Folder, Folder]:
     """(training, held-out); every picture is decoded once to see whether it can be."""
     if not config.pictures or not Path(config.pictures).is_dir():
-        raise UserError(f"--pictures={config.pictures}: expected the folder of your pictures and their captions.")
+        raise UserError(f"--pictures={config.pictures}: expected the folder of your pictures and "
+                        f"their captions.")
     captions = read_captions(Path(config.pictures))
     say_skipped("without a caption", [name for name, texts in captions.items() if not texts])
     captions = {name: texts for name, texts in sorted(captions.items()) if texts}
     everything = Folder(config, captions)
     with ThreadPoolExecutor() as pool:
-        reasons = list(tqdm(pool.map(everything.check, range(len(captions))), total=len(captions), desc="checking pictures"))
+        checks = pool.map(everything.check, range(len(captions)))
+        reasons = list(tqdm(checks, total=len(captions), desc="checking pictures"))
     say_skipped("can't be read", [reason for reason in reasons if reason])
     names = [name for name, reason in zip(captions, reasons) if not reason]
     count = config.val_images or min(1000, -(-len(names) // 10))
     if len(names) <= count:
-        raise UserError(f"{config.pictures} has {len(names)} readable pictures with captions: too few to hold out {count} of "
-                        f"them (--val_images) and train on the others.")
-    held_out = set(sorted(names, key=lambda name: hashlib.sha256(repr(name).encode()).digest())[:count])    # always the same
+        raise UserError(f"{config.pictures} has {len(names)} readable pictures with captions: too "
+                        f"few to hold out {count} of them (--val_images) and train on the others.")
+    order = {name: hashlib.sha256(repr(name).encode()).digest() for name in names}  # never changes
+    held_out = set(sorted(names, key=order.get)[:count])
     train = [name for name in names if name not in held_out][:config.train_images or None]
-    return tuple(Folder(config, {name: captions[name] for name in part}) for part in (train, sorted(held_out)))
+    return tuple(Folder(config, {name: captions[name] for name in part})
+                 for part in (train, sorted(held_out)))
 
 
-OPEN = {"shapes": lambda config: (Shapes(config, "train"), Shapes(config, "val")), "coco": open_coco, "folder": open_folder}
+OPEN = {"shapes": lambda config: (Shapes(config, "train"), Shapes(config, "val")),
+        "coco": open_coco, "folder": open_folder}
 
 
 # ---- 4. the cache ----
 
 @dataclass
 class Split:
-    """One split of a cache: moments (M, 2C, h, w) float32, and pairs (K, 2) of picture and text row, sorted by picture."""
+    """Moments (M, 2C, h, w) float32; pairs (K, 2) of picture and text row, sorted by picture."""
     moments: np.ndarray
     pairs: np.ndarray
 
 
 @dataclass
 class Cache:
-    """A cache as train.py and evaluate.py read it; the large arrays stay on disk until they are indexed."""
+    """A cache as train.py and evaluate.py read it; large arrays stay on disk until indexed."""
     meta: dict
     captions: list[str]             # R distinct captions; the first is the empty one
     text: np.ndarray                # (R, L, E) float16, their features; row 0 is the null context
     autoencoder: dict               # state dict of the linear autoencoder, or empty
     train: Split
     val: Split
+    val_images: np.ndarray          # (M, S, S, 3) uint8, the held-out pictures
 
 
 def read_cache(folder: str | Path) -> Cache:
     """Open a finished cache; raises UserError for anything else."""
     folder = Path(folder)
     if not (folder / "meta.json").exists():
-        raise UserError(f"{folder} is not a finished cache (it has no meta.json): run python prepare_data.py; if it was interrupted, "
-                        f"the same command as before goes on where it stopped.")
+        raise UserError(f"{folder} is not a finished cache (it has no meta.json): run python "
+                        f"prepare_data.py; if it was interrupted, the same command as before goes "
+                        f"on where it stopped.")
     meta = json.loads((folder / "meta.json").read_text())
     if meta["format"] != CACHE_FORMAT:
-        raise UserError(f"{folder} has format {meta['format']}, and this code reads {CACHE_FORMAT}: delete it and prepare again.")
-    def array(name):
-        return np.load(folder / name, mmap_mode="c", allow_pickle=False)
+        raise UserError(f"{folder} has format {meta['format']}, and this code reads "
+                        f"{CACHE_FORMAT}: delete it and prepare again.")
+    captions = (folder / "captions.txt").read_text(encoding="utf-8").split("\n")[:-1]
     autoencoder = {}
     if (folder / "autoencoder.npz").exists():
         with np.load(folder / "autoencoder.npz", allow_pickle=False) as file:
             autoencoder = {key: torch.from_numpy(file[key]) for key in file.files}
-    splits = [Split(array(f"{split}_moments.npy"), np.asarray(array(f"{split}_pairs.npy"))) for split in ("train", "val")]
-    return Cache(meta, (folder / "captions.txt").read_text(encoding="utf-8").split("\n")[:-1], array("text.npy"), autoencoder, *splits)
+    def array(name):
+        return np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+    splits = [Split(array(f"{split}_moments"), np.asarray(array(f"{split}_pairs")))
+              for split in ("train", "val")]
+    return Cache(meta, captions, array("text"), autoencoder, *splits, array("val_images"))
 
 
 def write_json(path: Path, content: dict):
@@ -503,10 +527,7 @@ def write_json(path: Path, content: dict):
 
 
 class Progress:
-    """Arrays that are filled in parts; progress.json says how many rows of each have reached the disk, and there one goes on.
-
-    Rows are appended with ordinary writes: on a full disk these raise an error, where a write through a memory map crashes.
-    """
+    """Arrays that are filled in parts; after a stop, the rows in progress.json are on the disk."""
     PART = 512
 
     def __init__(self, folder: Path, made_with: dict):
@@ -521,21 +542,23 @@ class Progress:
 
     def fill(self, name: str, shape: tuple, dtype: type, produce):
         """folder/name.npy of `shape`; produce(i, j) yields rows i..j-1, any number at a time."""
-        start, row = io.BytesIO(), math.prod(shape[1:]) * np.dtype(dtype).itemsize
-        np.lib.format.write_array_header_1_0(start, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
-        header = start.getvalue()
+        start, dtype = io.BytesIO(), np.dtype(dtype)
+        fields = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(start, fields)
+        header, row = start.getvalue(), math.prod(shape[1:]) * dtype.itemsize
         with open(self.folder / f"{name}.npy", "a+b") as file:
-            there = (file.tell() - len(header)) // row                  # a power cut can leave fewer rows than were recorded
+            there = (file.tell() - len(header)) // row  # a power cut can leave fewer than recorded
             file.seek(0)
-            begin = min(self.state["rows"].get(name, 0), there) if file.read(len(header)) == header else 0
+            whole = file.read(len(header)) == header
+            begin = min(self.state["rows"].get(name, 0), there) if whole else 0
             begin -= begin % self.PART if begin < shape[0] else 0
-            file.truncate(len(header) + begin * row if begin else 0)    # and a kill can leave half a part more
+            file.truncate(len(header) + begin * row if begin else 0)  # and a kill half a part more
             if not begin:
                 file.write(header)
             with tqdm(total=shape[0], initial=begin, desc=name, unit="row") as bar:
                 for i in range(begin, shape[0], self.PART):
                     j = min(i + self.PART, shape[0])
-                    for rows in produce(i, j):
+                    for rows in produce(i, j):      # on a full disk a memory map would crash
                         file.write(np.ascontiguousarray(rows, dtype=dtype).tobytes())
                         bar.update(len(rows))
                     file.flush()
@@ -554,14 +577,15 @@ def load_pictures(source, i: int, j: int):
     """Yields pictures i..j-1 in batches (B, S, S, 3) uint8, read by several threads meanwhile."""
     with ThreadPoolExecutor() as pool:
         pictures = pool.map(source.load, range(i, j))
-        while batch := list(itertools.islice(pictures, BATCH)):
+        while batch := list(islice(pictures, BATCH)):
             yield np.stack(batch)
 
 
 def encode_pictures(autoencoder, device: torch.device, batches):
     """Pictures (B, S, S, 3) uint8 -> moments (B, 2C, h, w), batch by batch."""
     for pictures in batches:
-        yield autoencoder.encode(to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device))).cpu().numpy()
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)
+        yield autoencoder.encode(to_unit(x)).cpu().numpy()
 
 
 def encode_captions(text_tower, device: torch.device, captions: list[str], context_len: int):
@@ -575,142 +599,174 @@ PUBLIC = {"autoencoder": ("kl", "kl-f8.bin", "the KL autoencoder of Stable Diffu
 
 
 def describe_network(config: Config, flag: str) -> dict:
-    """meta["autoencoder"] or meta["text_tower"], which `load_autoencoder` and `load_text_tower` read; public weights are fetched.
-
-    A file is named by its place in the folder of weights, or in full if it is elsewhere.
-    """
-    (kind, public, about), choice, weights = PUBLIC[flag], getattr(config, flag), Path(config.weights).resolve()
-    stand_in = {"autoencoder": {"kind": "linear", "about": "closed-form principal components of 4x4 patches, a stand-in for "
-                                                               "the KL autoencoder"},
-                "text_tower": {"kind": "random", "seed": config.seed, "context_len": config.context_len,
-                               "about": "small, random and frozen, a stand-in for CLIP's"}}[flag]
+    """meta["autoencoder"] or meta["text_tower"]: what to load; public weights are fetched."""
+    if flag == "autoencoder":
+        stand_in = {"kind": "linear", "about": "closed-form principal components of 4x4 patches, "
+                                               "a stand-in for the KL autoencoder"}
+    else:
+        stand_in = {"kind": "random", "seed": config.seed, "context_len": config.context_len,
+                    "about": "small, random and frozen, a stand-in for CLIP's"}
+    (kind, public, about), choice = PUBLIC[flag], getattr(config, flag)
     if choice == stand_in["kind"]:
         return stand_in
     if choice == kind:
         fetch(public, config.weights)
         return {"kind": kind, "file": public, "sha256": FILES[public][2], "about": about}
-    path = Path(choice).resolve()
+    path, weights = Path(choice).resolve(), Path(config.weights).resolve()
     if not path.is_file():
-        raise UserError(f"--{flag}={choice}: expected {stand_in['kind']}, {kind} or a file of weights.")
+        expected = f"{stand_in['kind']}, {kind} or a file of weights"
+        raise UserError(f"--{flag}={choice}: expected {expected}.")
+    # named by its place in the folder of weights, or in full if it is elsewhere
     file = path.relative_to(weights).as_posix() if path.is_relative_to(weights) else str(path)
-    return {"kind": kind, "file": file, "sha256": sha256(path), "about": f"{kind}, weights of {path.name}"}
+    about = f"{kind}, weights of {path.name}"
+    return {"kind": kind, "file": file, "sha256": sha256(path), "about": about}
+
+
+def plan(config: Config, folder: Path, train, val, captions: list[str], moments: tuple, E: int):
+    """The arrays to be filled, name -> (shape, dtype); raises UserError if there is no room.
+
+    Text features are large, for COCO 444,000 of 77 x 768 numbers, 53 GB. The other way, the text
+    tower in the training loop, costs 14% more work in each of a million steps, and a second kind of
+    data there. The price is reading 256 rows of 118 kB a step, in the background. Measured with one
+    thread: 450 rows/s from a disk of 600 MB/s, 3,900 from memory; take an SSD, or 64 GB of memory.
+    """
+    S, M, N, R = config.image_size, len(val.names), len(train.names), len(captions)
+    arrays = {"val_images": ((M, S, S, 3), np.uint8), "val_moments": ((M, *moments), np.float32),
+              "train_moments": ((N, *moments), np.float32),
+              "text": ((R, config.context_len, E), np.float16)}
+    files = {folder / f"{name}.npy": 128 + math.prod(shape) * np.dtype(dtype).itemsize
+             for name, (shape, dtype) in arrays.items()}
+    pairs = sum(map(len, train.captions + val.captions))
+    small = 4_000_000 + 16 * pairs + sum(len(caption.encode()) + 1 for caption in captions)
+    needs = {folder: count_missing(files) + small}
+    if config.dataset == "coco":
+        archives = {find_download(name, config.downloads): FILES[name][1] for name in ARCHIVES}
+        needs[Path(config.downloads)] = count_missing(archives)
+    check_space(needs)
+    return arrays
+
+
+def write_captions(folder: Path, captions: list[str], train, val):
+    """captions.txt, and for each split the pairs of picture and caption row."""
+    lines = "".join(caption + "\n" for caption in captions)
+    (folder / "captions.txt").write_text(lines, encoding="utf-8")
+    row = {caption: i for i, caption in enumerate(captions)}
+    for split, source in (("train", train), ("val", val)):
+        pairs = [(i, row[text]) for i, texts in enumerate(source.captions) for text in texts]
+        np.save(folder / f"{split}_pairs.npy", np.array(pairs, dtype=np.int64))
 
 
 def measure_scale(moments: np.ndarray, latent_std: float) -> tuple[float, float]:
-    """(the factor that brings the latents of all pictures to standard deviation `latent_std`, their mean before it).
-
-    For COCO and the KL autoencoder expect U-ViT's 0.23010, give or take little; 0.18215 is Stable Diffusion's, of other pictures.
-    """
-    total, squares, size = 0.0, 0.0, 0
+    """(the factor that gives all latents standard deviation `latent_std`, their mean before it)."""
+    total, squares, n = 0.0, 0.0, 0
     for i in range(0, len(moments), 512):
         part = torch.from_numpy(moments[i:i + 512])
-        noise = torch.randn(len(part), part.shape[1] // 2, *part.shape[2:], generator=torch.Generator().manual_seed(i))
+        noise = torch.randn(len(part), part.shape[1] // 2, *part.shape[2:],
+                            generator=torch.Generator().manual_seed(i))
         z = sample_latent(part, noise).double()
-        total, squares, size = total + z.sum().item(), squares + z.square().sum().item(), size + z.numel()
-    mean = total / size
-    return latent_std * (squares / size - mean ** 2) ** -0.5, mean
+        total, squares, n = total + z.sum().item(), squares + z.square().sum().item(), n + z.numel()
+    mean = total / n
+    # for COCO expect about U-ViT's 0.23010; 0.18215 is Stable Diffusion's, of other pictures
+    return latent_std * (squares / n - mean ** 2) ** -0.5, mean
 
 
 @torch.no_grad()
 def prepare(config: Config, made_with: dict, folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     train, val = OPEN[config.dataset](config)
-    val.captions = [captions[:1] for captions in val.captions]
-    captions = ["", *sorted({caption for source in (train, val) for captions in source.captions for caption in captions} - {""})]
+    val.captions = [texts[:1] for texts in val.captions]
+    distinct = {text for source in (train, val) for texts in source.captions for text in texts}
+    captions = ["", *sorted(distinct - {""})]
+    S, L, N, M = config.image_size, config.context_len, len(train.names), len(val.names)
+    contents = repr([(list(source.names), source.captions) for source in (train, val)])
+    contents = hashlib.sha256(contents.encode()).hexdigest()
 
-    # the frozen networks; the stand-ins stay on the CPU, where they give the same bits whatever the machine
-    about_autoencoder, about_tower = [describe_network(config, flag) for flag in PUBLIC]
-    contents = hashlib.sha256(repr([(list(source.names), source.captions) for source in (train, val)]).encode()).hexdigest()
-    progress = Progress(folder, {"config": made_with, "networks": [about_autoencoder, about_tower], "contents": contents})
-    linear, random, weights = about_autoencoder["kind"] == "linear", about_tower["kind"] == "random", Path(config.weights)
-    device, text_device = [torch.device("cpu") if stand_in else choose_device() for stand_in in (linear, random)]
-    autoencoder = LinearAutoencoder() if linear else load_vae(weights / about_autoencoder["file"]).to(device)
+    # the frozen networks; the stand-ins stay on the CPU: the same bits whatever the machine
+    about, about_text = networks = [describe_network(config, flag) for flag in PUBLIC]
+    progress = Progress(folder, {"config": made_with, "networks": networks, "contents": contents})
+    linear, random = about["kind"] == "linear", about_text["kind"] == "random"
+    device, text_device = [torch.device("cpu") if stand_in else choose_device()
+                           for stand_in in (linear, random)]
+    weights = Path(config.weights)
+    autoencoder = LinearAutoencoder() if linear else load_vae(weights / about["file"]).to(device)
     if random:
-        text_tower = random_clip_text(config.seed, config.context_len)
-        about_tower = about_tower | {"sha256": weights_sha256(text_tower)}
+        text_tower = random_clip_text(config.seed, L)
+        about_text = about_text | {"sha256": weights_sha256(text_tower)}
     else:
-        text_tower = load_clip_text(weights / about_tower["file"]).to(text_device)
-    longest, text_width = text_tower.positional_embedding.shape
-    if config.context_len > longest:
-        raise UserError(f"--context_len={config.context_len}: the text tower takes at most {longest} tokens.")
+        text_tower = load_clip_text(weights / about_text["file"]).to(text_device)
+    longest, E = text_tower.positional_embedding.shape
+    if L > longest:
+        raise UserError(f"--context_len={L}: the text tower takes at most {longest} tokens.")
 
-    # The plan. The features of all training captions, and of one for each held-out picture, are kept in float16: for COCO 444,000
-    # of 77 x 768 numbers, 53 GB. The other way, the text tower in the training loop, costs 14% more work in each of a million
-    # steps, and the loop would know two kinds of data. The price is reading 256 rows of 118 kB a step, in the background. Measured
-    # with one thread on a disk of 600 MB/s: 450 rows/s from the disk, 3,900 from memory; so take an SSD, or 64 GB of memory.
-    S, N, M = config.image_size, len(train.names), len(val.names)
-    moments_shape = autoencoder.encode(torch.zeros(1, 3, S, S, device=device)).shape[1:]                    # (2C, h, w)
-    latent_shape = (moments_shape[0] // 2, *moments_shape[1:])
-    arrays = {"val_images": ((M, S, S, 3), np.uint8), "val_moments": ((M, *moments_shape), np.float32),
-              "train_moments": ((N, *moments_shape), np.float32),
-              "text": ((len(captions), config.context_len, text_width), np.float16)}
-    archives = [name for name in ("train2014.zip", "val2014.zip") if config.dataset == "coco"]
-    small = 4_000_000 + sum(len(caption.encode()) + 1 for caption in captions) + 16 * sum(map(len, train.captions + val.captions))
-    files = {folder / f"{name}.npy": 128 + math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in arrays.items()}
-    missing = count_missing({find_download(name, config.downloads): FILES[name][1] for name in archives})
-    check_space({folder: count_missing(files) + small} | ({Path(config.downloads): missing} if archives else {}))
-    print(f"time: {N + M:,} pictures go through the {about_autoencoder['kind']} autoencoder ({device.type}), {len(captions):,} "
-          f"captions through the {about_tower['kind']} text tower ({text_device.type}); each bar tells how long, after a first batch.")
+    C2, h, w = autoencoder.encode(torch.zeros(1, 3, S, S, device=device)).shape[1:]
+    arrays = plan(config, folder, train, val, captions, (C2, h, w), E)
+    print(f"time: {N + M:,} pictures go through the {about['kind']} autoencoder ({device.type}), "
+          f"{len(captions):,} captions through the {about_text['kind']} text tower "
+          f"({text_device.type}); each bar tells how long, after a first batch.")
 
     # pictures -> moments
-    for source, name in zip((train, val), archives):
-        source.open(fetch(name, config.downloads))
+    if config.dataset == "coco":
+        for source, name in zip((train, val), ARCHIVES):
+            source.open(fetch(name, config.downloads))
     if linear:
         pictures = np.concatenate(list(load_pictures(train, 0, min(4096, N))))
         autoencoder.fit(to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2)))
-        np.savez(folder / "autoencoder.npz", **{key: value.numpy() for key, value in autoencoder.state_dict().items()})
-    val_images = progress.fill("val_images", *arrays["val_images"], lambda i, j: load_pictures(val, i, j))
+        state = {key: value.numpy() for key, value in autoencoder.state_dict().items()}
+        np.savez(folder / "autoencoder.npz", **state)
+    val_images = progress.fill("val_images", *arrays["val_images"],
+                               lambda i, j: load_pictures(val, i, j))
     progress.fill("val_moments", *arrays["val_moments"], lambda i, j: encode_pictures(
         autoencoder, device, (val_images[k:min(k + BATCH, j)] for k in range(i, j, BATCH))))
-    train_moments = progress.fill("train_moments", *arrays["train_moments"],
-                                  lambda i, j: encode_pictures(autoencoder, device, load_pictures(train, i, j)))
+    moments = progress.fill("train_moments", *arrays["train_moments"], lambda i, j: encode_pictures(
+        autoencoder, device, load_pictures(train, i, j)))
 
     # captions -> features
-    row = {caption: i for i, caption in enumerate(captions)}
-    (folder / "captions.txt").write_text("".join(caption + "\n" for caption in captions), encoding="utf-8")
-    for split, source in (("train", train), ("val", val)):
-        pairs = [(i, row[caption]) for i, captions_of in enumerate(source.captions) for caption in captions_of]
-        np.save(folder / f"{split}_pairs.npy", np.array(pairs, dtype=np.int64))
+    write_captions(folder, captions, train, val)
     if config.dataset == "shapes":
-        np.save(folder / "val_unseen.npy", np.array([scene in unseen_scenes() for scene in val.scenes]))
-    L = config.context_len
-    progress.fill("text", *arrays["text"], lambda i, j: encode_captions(text_tower, text_device, captions[i:j], L))
-    truncated = sum(count_truncated([caption], L) for caption in tqdm(captions, desc="counting tokens", delay=2))
+        unseen = [scene in unseen_scenes() for scene in val.scenes]
+        np.save(folder / "val_unseen.npy", np.array(unseen))
+    progress.fill("text", *arrays["text"],
+                  lambda i, j: encode_captions(text_tower, text_device, captions[i:j], L))
+    tokens = tqdm(captions, desc="counting tokens", delay=2)
+    truncated = sum(count_truncated([caption], L) for caption in tokens)
     if truncated:
         print(f"{truncated:,} captions are longer than {L} tokens and were cut short.")
 
-    latent_std = LATENT_STD if linear else 1.0
-    scale, mean = measure_scale(train_moments, latent_std)
-    shown = torch.from_numpy(train_moments[:24])
-    decoded = to_uint8(autoencoder.decode(shown.chunk(2, dim=1)[0].to(device))).cpu()
-    draw_grid(decoded, [captions_of[0] for captions_of in train.captions[:24]], columns=8).save(folder / "preview.png")
+    latent_shape, latent_std = (C2 // 2, h, w), LATENT_STD if linear else 1.0
+    scale, mean = measure_scale(moments, latent_std)
+    shown = torch.from_numpy(moments[:24]).chunk(2, dim=1)[0].to(device)
+    decoded = to_uint8(autoencoder.decode(shown)).cpu()
+    labels = [texts[0] for texts in train.captions[:24]]
+    draw_grid(decoded, labels, columns=8).save(folder / "preview.png")
     write_json(folder / "meta.json", {
         "format": CACHE_FORMAT, "dataset": config.dataset, "image_size": S, "config": made_with,
-        "train_images": N, "val_images": M, "captions": len(captions), "truncated": truncated, "contents": contents,
-        "null_context": "row 0 of text.npy, the empty caption", "latent_shape": latent_shape,
-        "latent_scale": scale, "latent_mean": mean, "latent_std": latent_std,
-        "autoencoder": about_autoencoder, "text_tower": about_tower})
+        "train_images": N, "val_images": M, "captions": len(captions), "truncated": truncated,
+        "contents": contents, "null_context": "row 0 of text.npy, the empty caption",
+        "latent_shape": latent_shape, "latent_scale": scale, "latent_mean": mean,
+        "latent_std": latent_std, "autoencoder": about, "text_tower": about_text})
     (folder / "progress.json").unlink()
-    print(f"{folder}: {N:,} training and {M:,} held-out pictures, {len(captions):,} distinct captions; "
-          f"latents {latent_shape}, scale {scale:.4f}. Look at {folder / 'preview.png'}.")
+    print(f"{folder}: {N:,} training and {M:,} held-out pictures, {len(captions):,} distinct "
+          f"captions; latents {latent_shape}, scale {scale:.4f}. Look at {folder / 'preview.png'}.")
 
 
 def main(config: Config):
     config = complete(config)
     folder = Path(config.out or f"data/{config.dataset}")
-    made_with = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "downloads", "weights")}
+    made_with = {key: value for key, value in asdict(config).items()
+                 if key not in ("out", "downloads", "weights")}
     if (folder / "meta.json").exists():
         before = json.loads((folder / "meta.json").read_text())["config"]
         if before != made_with:
-            raise UserError(f"{folder} was made with {before}: to keep it, name another folder with --out=FOLDER; else delete it.")
+            raise UserError(f"{folder} was made with {before}: to keep it, name another folder "
+                            f"with --out=FOLDER; else delete it.")
         return print(f"{folder} is complete; nothing to do.")
     try:
         prepare(config, made_with, folder)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise UserError(f"The disk is full ({error}); nothing is lost: make room and run the same command again, which goes on "
-                        f"where it stopped.") from None
+        raise UserError(f"The disk is full ({error}); nothing is lost: make room and run the same "
+                        f"command again, which goes on where it stopped.") from None
 
 
 if __name__ == "__main__":

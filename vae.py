@@ -1,17 +1,17 @@
 """Image <-> latent: the autoencoder that makes pictures small enough for a transformer.
 
-    image  --to_unit-->   x in [-1, 1]     --encode-->  moments        --sample_latent-->  latent z
-    uint8 (B, 3, H, W)    (B, 3, H, W)                  (B, 2C, h, w)                      (B, C, h, w)
-    image  <--to_uint8--  x about [-1, 1]  <-------------------- decode ---------------------+
+    image  --to_unit-->   x in [-1, 1]  --encode-->  moments  --sample_latent-->     latent z
+    uint8 (B, 3, H, W)    (B, 3, H, W)               (B, 2C, h, w)                   (B, C, h, w)
+    image  <--to_uint8--  x about [-1, 1]  <------------------ decode ------------------+
 
-Moments are the mean and log-variance of a normal distribution over latents: z = mean + std * noise. A
-data cache holds moments, so that a picture has another latent each time it is seen. The diffusion model
-works on latent_scale * z, of variance about 1; callers apply that factor, `decode` takes z without it.
+Moments are the mean and log-variance of a normal distribution over latents: z = mean + std * noise.
+A data cache holds moments, so that a picture has another latent each time it is seen. The diffusion
+model works on latent_scale * z; callers apply that factor, and `decode` takes z without it.
 
-`KLAutoencoder` is the one of U-ViT and the paper: the "f8" of latent diffusion [LDM], C = 4, h = H/8,
-w = W/8. The encoder halves a picture three times, the decoder doubles it three times, and each attends
-over all places once, at the lowest resolution. It isn't trained here: `load_vae` reads public weights
-in any of their key layouts. Parameters have the names that its authors, CompVis, gave them.
+`KLAutoencoder` is the one of U-ViT and the paper: the "f8" of latent diffusion [LDM], C = 4,
+h = H/8, w = W/8. The encoder halves a picture three times, the decoder doubles it three times, and
+each attends over all places once, at the lowest resolution. It isn't trained here: `load_vae` reads
+public weights in any of their key layouts. Parameters have their authors' (CompVis's) names.
 
 `LinearAutoencoder` is the stand-in of the shapes dataset, which needs no download: the principal
 components of 4x4 patches, C = 16, h = H/4, w = W/4, behind the same `encode` and `decode`.
@@ -54,10 +54,10 @@ def sample_latent(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def in_float32(function):
-    """Run `encode` or `decode` in float32 even inside autocast, CHUNK images at a time, without gradients.
+    """`encode` or `decode` in float32, even inside autocast, CHUNK images at a time, no gradients.
 
-    In float16 the KL autoencoder overflows and pictures come out black; TF32, with the range of float32,
-    does no harm. Raises FloatingPointError if NaN or infinity comes out.
+    In float16 the KL autoencoder overflows and pictures come out black; TF32, with the range of
+    float32, does no harm. Raises FloatingPointError if NaN or infinity comes out.
     """
     @functools.wraps(function)
     @torch.no_grad()
@@ -65,8 +65,9 @@ def in_float32(function):
         with torch.autocast(x.device.type, enabled=False):
             y = torch.cat([function(self, part.float()) for part in x.split(CHUNK)])
         if not y.isfinite().all():
-            why = "its input has none, so its weights are bad" if x.isfinite().all() else "so has its input"
-            raise FloatingPointError(f"The output of {function.__qualname__} has NaN or infinity; {why}.")
+            name, sound = function.__qualname__, x.isfinite().all()
+            why = "its input has none, so its weights are bad" if sound else "so has its input"
+            raise FloatingPointError(f"The output of {name} has NaN or infinity; {why}.")
         return y
     return wrapped
 
@@ -82,7 +83,7 @@ def conv(before, after):
 
 
 class ResnetBlock(nn.Module):
-    """x + two convolutions of it; x goes through a third, 1x1, if the number of channels changes."""
+    """x + two convolutions of it; x goes through a third, 1x1, if its channels change in number."""
 
     def __init__(self, before, after):
         super().__init__()
@@ -97,7 +98,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention among all h*w places, with a single head; 1x1 convolutions are its linear layers."""
+    """Self-attention among all h*w places, one head; its linear layers are 1x1 convolutions."""
 
     def __init__(self, width):
         super().__init__()
@@ -106,8 +107,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):                                       # (B, width, h, w)
         y = self.norm(x)
-        q, k, v = [layer(y).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v)]
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0]       # (B, 1, h*w, width) -> (B, h*w, width)
+        q, k, v = [layer(y).flatten(2).transpose(1, 2)[:, None]     # (B, 1, h*w, width)
+                   for layer in (self.q, self.k, self.v)]
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]       # (B, h*w, width)
         return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -128,25 +130,29 @@ def middle(width):
 class KLAutoencoder(nn.Module):
     """The f8 autoencoder [LDM]. The defaults are the real one's: 83,653,863 parameters."""
 
-    def __init__(self, channels: int = 128, multipliers: tuple[int, ...] = (1, 2, 4, 4), blocks: int = 2):
+    def __init__(self, channels: int = 128, multipliers: tuple[int, ...] = (1, 2, 4, 4),
+                 blocks: int = 2):
         super().__init__()
-        widths = [channels * multiplier for multiplier in multipliers]  # of the levels, the picture's first
+        widths = [channels * multiplier for multiplier in multipliers]  # the picture's level first
         last, down, up = len(widths) - 1, {}, {}
         for i, width in enumerate(widths):
             down[str(i)] = chain(block=resnets(widths[i - 1] if i > 0 else channels, width, blocks))
             up[str(i)] = chain(block=resnets(widths[min(i + 1, last)], width, blocks + 1))
-            if i < last:                                        # [LDM] pads only at the right and the bottom
+            if i < last:                        # [LDM] pads only at the right and the bottom
                 down[str(i)].downsample = chain(pad=nn.ZeroPad2d((0, 1, 0, 1)),
                                                 conv=nn.Conv2d(width, width, 3, stride=2))
             if i > 0:
-                up[str(i)].upsample = chain(repeat=nn.Upsample(scale_factor=2), conv=conv(width, width))
-        up = dict(reversed(up.items()))                         # runs from the deepest level to level 0
+                up[str(i)].upsample = chain(repeat=nn.Upsample(scale_factor=2),
+                                            conv=conv(width, width))
+        up = dict(reversed(up.items()))         # runs from the deepest level to level 0
         self.encoder = chain(conv_in=conv(3, channels), down=chain(**down), mid=middle(widths[-1]),
-                             norm_out=group_norm(widths[-1]), silu=nn.SiLU(), conv_out=conv(widths[-1], 2 * LATENT))
+                             norm_out=group_norm(widths[-1]), silu=nn.SiLU(),
+                             conv_out=conv(widths[-1], 2 * LATENT))
         self.quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1)
         self.post_quant_conv = nn.Conv2d(LATENT, LATENT, 1)
-        self.decoder = chain(conv_in=conv(LATENT, widths[-1]), mid=middle(widths[-1]), up=chain(**up),
-                             norm_out=group_norm(widths[0]), silu=nn.SiLU(), conv_out=conv(widths[0], 3))
+        self.decoder = chain(conv_in=conv(LATENT, widths[-1]), mid=middle(widths[-1]),
+                             up=chain(**up), norm_out=group_norm(widths[0]), silu=nn.SiLU(),
+                             conv_out=conv(widths[0], 3))
 
     @in_float32
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -162,10 +168,10 @@ class KLAutoencoder(nn.Module):
 # ---- 3. linear autoencoder ----
 
 class LinearAutoencoder(nn.Module):
-    """Principal components of 4x4 RGB patches, in closed form: the best linear code of 16 numbers each.
+    """Principal components of 4x4 RGB patches, in closed form: the best linear code of 16 numbers.
 
-    The components are half whitened, each divided by the root of its standard deviation. As they come, the
-    few that tell a circle from a square are so small that noise hides them at nearly every time step.
+    They are half whitened: each is divided by the root of its standard deviation. Otherwise the few
+    that tell a circle from a square would be so small that noise hides them at nearly every step.
     """
 
     PATCH, CHANNELS = 4, 16
@@ -174,7 +180,7 @@ class LinearAutoencoder(nn.Module):
         super().__init__()
         numbers = 3 * self.PATCH ** 2
         self.register_buffer("mean", torch.zeros(numbers))
-        self.register_buffer("components", torch.zeros(self.CHANNELS, numbers))     # orthogonal rows
+        self.register_buffer("components", torch.zeros(self.CHANNELS, numbers))  # orthogonal rows
 
     def fit(self, x: torch.Tensor) -> "LinearAutoencoder":
         """Principal components of the patches of x (M, 3, H, W) in [-1, 1]."""
@@ -183,7 +189,7 @@ class LinearAutoencoder(nn.Module):
         variances, vectors = torch.linalg.eigh(patches.T.cov())         # in columns, ascending
         components = vectors.T.flip(0)[:self.CHANNELS]
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-        components *= largest.sign()                            # an eigenvector's sign is arbitrary: fix it
+        components *= largest.sign()                    # an eigenvector's sign is arbitrary: fix it
         variances = variances.flip(0)[:self.CHANNELS, None].clamp(min=1e-6)     # there may be fewer
         self.components.copy_(components * variances ** -0.25)
         return self
@@ -195,22 +201,22 @@ class LinearAutoencoder(nn.Module):
 
     @in_float32
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> moments (B, 32, H/4, W/4) of the least log-variance: no noise."""
-        mean = ((self.cut(x) - self.mean) @ self.components.T).permute(0, 3, 1, 2)      # (B, 16, h, w)
-        return torch.cat([mean, torch.full_like(mean, -30)], dim=1)
+        """(B, 3, H, W) in [-1, 1] -> moments (B, 32, H/4, W/4) with the least log-variance."""
+        mean = ((self.cut(x) - self.mean) @ self.components.T).permute(0, 3, 1, 2)  # (B, 16, h, w)
+        return torch.cat([mean, torch.full_like(mean, -30)], dim=1)   # variance exp(-30): no noise
 
     @in_float32
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent (B, 16, h, w) -> (B, 3, 4h, 4w), about [-1, 1]."""
         inverse = self.components / self.components.square().sum(1, keepdim=True)
-        patches = z.permute(0, 2, 3, 1) @ inverse + self.mean                           # (B, h, w, 48)
-        patches = patches.unflatten(3, (3, self.PATCH, self.PATCH))                     # (B, h, w, 3, P, P)
-        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)            # (B, 3, h*P, w*P)
+        patches = z.permute(0, 2, 3, 1) @ inverse + self.mean                   # (B, h, w, 48)
+        patches = patches.unflatten(3, (3, self.PATCH, self.PATCH))             # (B, h, w, 3, P, P)
+        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)    # (B, 3, h*P, w*P)
 
 
 # ---- 4. loading ----
 
-COMPVIS = {                                 # diffusers -> CompVis; old files say query, key, value, proj_attn
+COMPVIS = {                 # diffusers -> CompVis; old files say query, key, value, proj_attn
     r"mid_block\.resnets\.0": "mid.block_1",
     r"mid_block\.resnets\.1": "mid.block_2",
     r"mid_block\.attentions\.0": "mid.attn_1",
@@ -228,49 +234,50 @@ COMPVIS = {                                 # diffusers -> CompVis; old files sa
 
 
 def rename_to_compvis(state: dict) -> dict:
-    """A state dict in either of diffusers' layouts, in CompVis's; one that is in CompVis's stays as it is."""
+    """A state dict in either of diffusers' layouts -> CompVis's, in which it may be already."""
     levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")})
     renamed = {}
-    for key, value in state.items():            # diffusers counts the decoder's levels the other way round
+    for key, value in state.items():    # diffusers counts the decoder's levels the other way round
         key = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", key)
         for diffusers, compvis in COMPVIS.items():
             key = re.sub(diffusers, compvis, key)
         if re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", key):
-            value = value.reshape(value.shape + (1,) * (4 - value.ndim))        # a matrix: a 1x1 convolution
+            value = value.reshape(value.shape + (1,) * (4 - value.ndim))    # to a 1x1 convolution
         renamed[key] = value
     return renamed
 
 
 def load_vae(path: str | Path) -> KLAutoencoder:
-    """The KL autoencoder in a weight file, in float32 and evaluation mode; its size is read off the weights.
+    """The KL autoencoder of a weight file, in float32 and evaluation mode, its size read off there.
 
-    Its keys may be CompVis's or diffusers', bare, in a "state_dict", or in a whole Stable Diffusion, whose
-    rest is left out; so is the discriminator (`loss.`) of its training. Raises UserError for other files.
+    Its keys may be CompVis's or diffusers', bare, in a "state_dict", or in a Stable Diffusion.
+    The rest of that, and a discriminator (`loss.`), are left out. Raises UserError for other files.
     """
     state = read_weights(path)
     state = state.get("state_dict", state)
     first_keys = ", ".join(map(str, list(state)[:5]))
     for prefix in ("first_stage_model.", "vae."):
-        if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+        if inside := [key for key in state if key.startswith(prefix)]:
+            state = {key.removeprefix(prefix): state[key] for key in inside}
     state = rename_to_compvis({key: state[key] for key in state if not key.startswith("loss.")})
 
     first = re.compile(r"encoder\.(conv_in|down\.\d\.block\.0\.conv1)\.weight")
     channels, *widths = [len(state[key]) for key in sorted(state) if first.fullmatch(key)] or [0]
     if len(widths) != 4 or channels % GROUPS or any(width % channels for width in widths):
-        raise UserError(f"{path} holds no f8 KL autoencoder: expected encoder.*, decoder.*, quant_conv.* and "
-                        f"post_quant_conv.*, perhaps after first_stage_model. or vae., and four levels with "
-                        f"multiples of {GROUPS} channels; its first keys are {first_keys}.")
-    blocks = sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key)) for key in state)
+        raise UserError(f"{path} holds no f8 KL autoencoder: expected encoder.*, decoder.*, "
+                        f"quant_conv.* and post_quant_conv.*, perhaps after first_stage_model. "
+                        f"or vae., and four levels with multiples of {GROUPS} channels; its first "
+                        f"keys are {first_keys}.")
+    blocks = len({key.split(".")[4] for key in state if key.startswith("encoder.down.0.block.")})
     vae = KLAutoencoder(channels, tuple(width // channels for width in widths), blocks)
     return load_strictly(vae, state, path).eval().requires_grad_(False)
 
 
 def load_autoencoder(description: dict, state: dict | None, folder: str | Path) -> nn.Module:
-    """The autoencoder of a data cache or a checkpoint, from its meta["autoencoder"], the `description`.
+    """The autoencoder of a data cache or a checkpoint; its meta["autoencoder"] is `description`.
 
-    {"kind": "linear"}: made of `state`. {"kind": "kl", "file": name, "sha256": digest}: read from that file
-    in `folder`; a digest, if given, must be the file's. Raises UserError if it is not, or there is no file.
+    {"kind": "linear"}: made of `state`. {"kind": "kl", "file": name, "sha256": digest}: read from
+    that file in `folder`. Raises UserError if there is none, or if it has another digest.
     """
     if description["kind"] == "linear":
         return load_strictly(LinearAutoencoder(), state, "the stored state").eval()

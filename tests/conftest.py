@@ -1,4 +1,4 @@
-"""What every test gets: the scripts on the path, one thread, no network, and a folder of its own to work in."""
+"""What every test gets: the scripts on the path, one thread, no network and a folder of its own."""
 import socket
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Protects the command line: what --key=value accepts, and that a mistake is answered in one sentence, without a traceback."""
+"""Protects the command line: what --key=value accepts; mistakes get a sentence, no traceback."""
 import ast
 import dataclasses
 import importlib
@@ -29,13 +29,14 @@ class Config:
 
 
 def answer(monkeypatch, capsys, *arguments, main=lambda config: print(config)):
-    """(exit status, standard output, standard error) of a script with this Config, as Python's own exit would give them."""
+    """(exit status, standard output, standard error) of a script, as Python's own exit would be."""
     monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
     status, message = 0, ""
     try:
         run(main, Config)
     except SystemExit as stop:
-        status, message = (1, f"{stop.code}\n") if isinstance(stop.code, str) else (stop.code or 0, "")
+        status, message = ((1, f"{stop.code}\n") if isinstance(stop.code, str)
+                           else (stop.code or 0, ""))
     out, err = capsys.readouterr()
     return status, out, err + message
 
@@ -43,10 +44,13 @@ def answer(monkeypatch, capsys, *arguments, main=lambda config: print(config)):
 # ---- what is accepted ----
 
 @pytest.mark.parametrize("argument,field,value", [
-    ("--learning_rate=1", "learning_rate", 1.0), ("--learning_rate=-1e-4", "learning_rate", -1e-4), ("--steps=7", "steps", 7),
-    ("--seed=-3", "seed", -3), ("--raw=True", "raw", True), ("--raw=False", "raw", False), ("--prompt=2+2=4", "prompt", "2+2=4"),
-    ("--prompt=", "prompt", ""), ("--prompt=a --steps=3 dog", "prompt", "a --steps=3 dog"), ("--prompt=7", "prompt", "7"),
-    ("--prompt=--help", "prompt", "--help"), ("--prompt='quoted'", "prompt", "'quoted'"), ("--prompt=猫", "prompt", "猫")])
+    ("--learning_rate=1", "learning_rate", 1.0), ("--learning_rate=-1e-4", "learning_rate", -1e-4),
+    ("--steps=7", "steps", 7), ("--seed=-3", "seed", -3),
+    ("--raw=True", "raw", True), ("--raw=False", "raw", False),
+    ("--prompt=2+2=4", "prompt", "2+2=4"), ("--prompt=", "prompt", ""),
+    ("--prompt=a --steps=3 dog", "prompt", "a --steps=3 dog"), ("--prompt=7", "prompt", "7"),
+    ("--prompt=--help", "prompt", "--help"), ("--prompt='quoted'", "prompt", "'quoted'"),
+    ("--prompt=猫", "prompt", "猫")])
 def test_a_value_is_read_as_the_type_of_its_constant(argument, field, value):
     config = override(Config, [argument])
     assert config == dataclasses.replace(Config(), **{field: value})
@@ -83,8 +87,10 @@ def test_main_gets_the_configuration(monkeypatch, capsys):
     (["--raw="], "--raw=: expected True or False."),
     (["--setps=3"], "--setps is not a constant of this script; did you mean --steps?"),
     (["--step=3"], "--step is not a constant of this script; did you mean --steps?"),
-    (["--learning=3"], "--learning is not a constant of this script; did you mean --learning_rate?"),
-    (["--learning-rate=3"], "--learning-rate is not a constant of this script; did you mean --learning_rate?"),
+    (["--learning=3"],
+     "--learning is not a constant of this script; did you mean --learning_rate?"),
+    (["--learning-rate=3"],
+     "--learning-rate is not a constant of this script; did you mean --learning_rate?"),
     (["--Steps=3"], "--Steps is not a constant of this script; did you mean --steps?"),
     (["--=3"], "-- is not a constant of this script"),
     (["--prompt", "a dog"], "'--prompt' is not an override; write it as --prompt=VALUE."),
@@ -140,13 +146,15 @@ def test_help_of_the_scripts_leaves_nothing_out(script):
     Config = importlib.import_module(script).Config
     fields = dataclasses.fields(Config)
     lines = describe(Config).splitlines()
-    listed = {line.strip().removeprefix("--").split("=")[0]: line for line in lines if line.startswith("  --")}
+    listed = {line.strip().removeprefix("--").split("=")[0]: line
+              for line in lines if line.startswith("  --")}
     assert list(listed) == [field.name for field in fields]
     for field in fields:
         assert field.type in (int, float, bool, str), f"{field.name} can't be overridden"
         shown = listed[field.name].split("=", 1)[1].split("  ")[0].strip()
         assert ast.literal_eval(shown) == field.default and type(field.default) is field.type
-    comments = [line.split("  # ")[1].strip() for line in inspect.getsource(Config).splitlines() if "  # " in line.strip()]
+    comments = [line.split("  # ")[1].strip()
+                for line in inspect.getsource(Config).splitlines() if "  # " in line.strip()]
     assert all(comment in "\n".join(lines) for comment in comments) and len(comments) > 3
 
 
@@ -158,13 +166,17 @@ def test_every_constant_of_the_scripts_can_be_set_to_its_own_default(script):
 
 
 def test_the_scripts_answer_from_a_shell():
-    """sample.py with an architecture flag, which it does not have; prepare_data.py --help; and no traceback."""
+    """sample.py with an architecture flag, which it lacks; prepare_data.py --help; no traceback."""
     commands = [["sample.py", "--width=256"], ["prepare_data.py", "--help"]]
-    processes = [subprocess.Popen([sys.executable, ROOT / script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  text=True, encoding="utf-8") for script, *arguments in commands]
-    (wrong_out, wrong_err), (help_out, help_err) = [process.communicate(timeout=120) for process in processes]
+    processes = [subprocess.Popen([sys.executable, ROOT / script, *arguments],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  text=True, encoding="utf-8")
+                 for script, *arguments in commands]
+    (wrong_out, wrong_err), (help_out, help_err) = [process.communicate(timeout=120)
+                                                    for process in processes]
     assert [process.returncode for process in processes] == [1, 0]
     assert wrong_err.startswith("error: --width is not a constant of this script; did you mean --")
     assert wrong_err.count("\n") == 1 and wrong_out == ""
-    assert help_err == "" and help_out.startswith(importlib.import_module("prepare_data").__doc__.strip())
+    assert help_err == "" and help_out.startswith(
+        importlib.import_module("prepare_data").__doc__.strip())
     assert "  --dataset=\"shapes\"" in help_out

@@ -1,4 +1,4 @@
-"""Protects the scores: right numbers on known pictures, the same number for the same pictures, and a protocol beside each."""
+"""Protects the scores: right on known pictures, repeatable, with the protocol beside each."""
 import dataclasses
 import json
 import re
@@ -18,15 +18,17 @@ import model
 import prepare_data
 import sample
 from clip_text import CLIPText, tokenize
-from evaluate import CLIP, INCEPTION, PREFIX, CLIPImage, Config, choose_prompts, load_inception, warn_about_fid
+from evaluate import (CLIP, INCEPTION, PREFIX, CLIPImage, Config, choose_prompts, load_inception,
+                      warn_about_fid)
 from model import UserError, UViT, UViTConfig, count_multiply_adds
 from sample import Pipeline
 from test_fid import random_weights
 from vae import KLAutoencoder
 
 N, S = 6, 64                        # held-out pictures of the cache, and their side
-CAPTIONS = [["a red tram", "a tram on a hill"], ["two dogs", "dogs at play", "a pair of dogs"], ["a bowl of soup"],
-            ["a man with a kite", "a kite"], ["an empty street", "a street at night"], ["three sheep", "sheep on a meadow"]]
+CAPTIONS = [["a red tram", "a tram on a hill"], ["two dogs", "dogs at play", "a pair of dogs"],
+            ["a bowl of soup"], ["a man with a kite", "a kite"],
+            ["an empty street", "a street at night"], ["three sheep", "sheep on a meadow"]]
 
 
 def randomise(module, seed=0, std=0.05):
@@ -40,16 +42,19 @@ def randomise(module, seed=0, std=0.05):
 
 
 def towers():
-    return randomise(CLIPText(64, 2, 1, 32), 1, 0.2), randomise(CLIPImage(64, 2, 1, 32, patch_size=16, tokens=10), 2, 0.2)
+    return (randomise(CLIPText(64, 2, 1, 32), 1, 0.2),
+            randomise(CLIPImage(64, 2, 1, 32, patch_size=16, tokens=10), 2, 0.2))
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """The public files under their own names, small where their format allows it, with random weights."""
+    """The public files under their own names, small where they may be, with random weights."""
     folder = tmp_path_factory.mktemp("weights")
     torch.save(random_weights(), folder / INCEPTION)
     text, image = towers()
-    torch.save(dict(text.state_dict()) | {f"visual.{key}": value for key, value in image.state_dict().items()}, folder / CLIP)
+    torch.save(dict(text.state_dict())
+               | {f"visual.{key}": value for key, value in image.state_dict().items()},
+               folder / CLIP)
     torch.save(randomise(KLAutoencoder(32, (1, 2, 4, 4), 1), 3).state_dict(), folder / "kl-f8.bin")
     return folder
 
@@ -57,14 +62,16 @@ def weights(tmp_path_factory):
 def real_pictures() -> np.ndarray:
     """(N, S, S, 3) uint8, smooth, each with colours of its own."""
     coarse = np.random.default_rng(0).integers(0, 256, (N, 5, 5, 3), dtype=np.uint8)
-    return np.stack([np.asarray(Image.fromarray(picture).resize((S, S), Image.Resampling.BICUBIC)) for picture in coarse])
+    return np.stack([np.asarray(Image.fromarray(picture).resize((S, S), Image.Resampling.BICUBIC))
+                     for picture in coarse])
 
 
 def write_cache(folder: Path, **changes):
-    """A cache of real pictures with one to three captions each, as prepare_data.py leaves it, but for latents of zeros."""
+    """A cache of pictures with one to three captions each, in prepare_data.py's form; latents 0."""
     folder.mkdir(parents=True)
     captions = [caption for several in CAPTIONS for caption in several]
-    pairs = [(i, 1 + captions.index(caption)) for i, several in enumerate(CAPTIONS) for caption in several]
+    pairs = [(i, 1 + captions.index(caption))
+             for i, several in enumerate(CAPTIONS) for caption in several]
     for split in ("train", "val"):
         np.save(folder / f"{split}_moments.npy", np.zeros((N, 8, 8, 8), dtype=np.float32))
         np.save(folder / f"{split}_pairs.npy", np.array(pairs))
@@ -72,14 +79,16 @@ def write_cache(folder: Path, **changes):
     np.save(folder / "text.npy", np.zeros((1 + len(captions), 77, 64), dtype=np.float16))
     (folder / "captions.txt").write_text("".join(f"{caption}\n" for caption in ["", *captions]))
     (folder / "meta.json").write_text(json.dumps({
-        "format": prepare_data.CACHE_FORMAT, "dataset": "coco", "image_size": S, "latent_scale": 0.2, "latent_shape": [4, 8, 8],
-        "config": {"dataset": "coco", "image_size": S}, "autoencoder": {"kind": "kl", "file": "kl-f8.bin", "about": "tiny"},
+        "format": prepare_data.CACHE_FORMAT, "dataset": "coco", "image_size": S,
+        "latent_scale": 0.2, "latent_shape": [4, 8, 8],
+        "config": {"dataset": "coco", "image_size": S},
+        "autoencoder": {"kind": "kl", "file": "kl-f8.bin", "about": "tiny"},
         "text_tower": {"kind": "clip", "file": CLIP, "about": "tiny"}} | changes))
 
 
 @pytest.fixture
 def house(tmp_path):
-    """A cache, an official file in runs/, and a plain folder of the real pictures with their first captions."""
+    """A cache, an official file in runs/, and a folder of pictures with their first captions."""
     write_cache(tmp_path / "data" / "coco")
     (tmp_path / "runs").mkdir()
     save_official("runs/small.pth")
@@ -87,7 +96,8 @@ def house(tmp_path):
 
 
 def save_official(path: str, depth: int = 3, seed: int = 0):
-    net = UViT(UViTConfig("early", "concat", depth=depth, image_size=8, width=64, heads=1, context_dim=64))
+    net = UViT(UViTConfig("early", "concat", depth=depth, image_size=8, width=64, heads=1,
+                          context_dim=64))
     torch.save(randomise(net, seed).state_dict(), path)
 
 
@@ -95,7 +105,8 @@ def save_folder(folder: str, pictures: np.ndarray, captions: list[str]):
     Path(folder).mkdir()
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(Path(folder) / f"p{i}.png")
-    (Path(folder) / "captions.txt").write_text("".join(f"p{i}.png\t{caption}\n" for i, caption in enumerate(captions)))
+    (Path(folder) / "captions.txt").write_text(
+        "".join(f"p{i}.png\t{caption}\n" for i, caption in enumerate(captions)))
 
 
 class FewFeatures(torch.nn.Module):
@@ -107,47 +118,57 @@ class FewFeatures(torch.nn.Module):
 
 @pytest.fixture
 def quick(house, weights, monkeypatch):
-    """Scoring in no time, with 12 features for the FID; returns a function that runs main and gives the eval.json."""
+    """A function that scores in no time, with 12 features for the FID, and gives the eval.json."""
     Path("few.pth").write_text("the mean colours")
     monkeypatch.setattr(evaluate, "load_inception", lambda path: FewFeatures())
     monkeypatch.setattr(evaluate, "Statistics", partial(evaluate.Statistics, 12))
 
     def call(**changes):
-        config = Config(**{"checkpoint": "runs/small.pth", "data": "data/coco", "steps": 2, "guidance_scale": 2.0, "batch_size": 2,
-                           "weights": str(weights), "inception": "few.pth", "clip": str(weights / CLIP)} | changes)
+        config = Config(**{
+            "checkpoint": "runs/small.pth", "data": "data/coco", "steps": 2, "guidance_scale": 2.0,
+            "batch_size": 2, "weights": str(weights), "inception": "few.pth",
+            "clip": str(weights / CLIP)} | changes)
         evaluate.main(config)
-        return json.loads((Path(config.folder or Path(config.checkpoint.split(",")[-1]).parent) / "eval.json").read_text())
+        return json.loads((Path(config.folder or Path(config.checkpoint.split(",")[-1]).parent)
+                           / "eval.json").read_text())
     return call
 
 
 def rows_of(printed: str) -> list[list[str]]:
     """The cells of a printed Markdown table, its headings first."""
-    rows = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("|") and "---" not in line]
+    rows = [line.strip("|").split("|") for line in printed.splitlines()
+            if line.startswith("|") and "---" not in line]
     return [[cell.strip() for cell in row] for row in rows]
 
 
 # ---- the numbers ----
 
 def features_one_by_one(net, pictures):
-    return np.concatenate([net(torch.from_numpy(picture).permute(2, 0, 1)[None]).double().numpy() for picture in pictures])
+    return np.concatenate([net(torch.from_numpy(picture).permute(2, 0, 1)[None]).double().numpy()
+                           for picture in pictures])
 
 
 def plain_fid(x, y):
-    """The FID of features (n, D) with n < D: of the root only the n x n part that is not zero, by SciPy."""
+    """The FID of features (n, D), n < D: the root of the n x n part that is not 0, by SciPy."""
     a, b = [(z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (x, y)]
     root = scipy.linalg.sqrtm(a @ b.T @ b @ a.T)
-    return ((x.mean(0) - y.mean(0)) ** 2).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * np.trace(root).real
+    return (((x.mean(0) - y.mean(0)) ** 2).sum() + (a ** 2).sum() + (b ** 2).sum()
+            - 2 * np.trace(root).real)
 
 
-def test_fid_through_the_whole_way_is_zero_for_the_same_pictures_and_equals_the_plain_formula_for_others(house, weights):
+def test_fid_is_zero_for_the_same_pictures_and_equals_the_plain_formula_for_others(
+        house, weights):
     real = real_pictures()
-    worse = (real + np.random.default_rng(1).normal(0, 40, real.shape)).clip(0, 255).astype(np.uint8)
+    worse = ((real + np.random.default_rng(1).normal(0, 40, real.shape))
+             .clip(0, 255).astype(np.uint8))
     save_folder("worse", worse, [several[0] for several in CAPTIONS])
     found = []
     for name in ("pictures", "worse"):
-        evaluate.main(Config(folder=name, data="data/coco", inception=str(weights / INCEPTION), clip=str(weights / CLIP)))
+        evaluate.main(Config(folder=name, data="data/coco", inception=str(weights / INCEPTION),
+                             clip=str(weights / CLIP)))
         found.append(json.loads(Path(name, "eval.json").read_text())["scores"]["fid"])
-    x, y = [features_one_by_one(load_inception(weights / INCEPTION), pictures) for pictures in (real, worse)]
+    x, y = [features_one_by_one(load_inception(weights / INCEPTION), pictures)
+            for pictures in (real, worse)]
     assert abs(found[0]) < 1e-6 * np.trace(np.cov(x, rowvar=False))
     assert found[1] == pytest.approx(plain_fid(x, y), rel=1e-5) and found[1] > 0
 
@@ -155,7 +176,9 @@ def test_fid_through_the_whole_way_is_zero_for_the_same_pictures_and_equals_the_
 def test_fid_grows_with_corruption(quick):
     found = []
     for share in (0, 0.1, 0.3, 0.9):
-        save_folder(f"grey{share}", ((1 - share) * real_pictures() + share * 128).astype(np.uint8), [several[0] for several in CAPTIONS])
+        save_folder(f"grey{share}",
+                    ((1 - share) * real_pictures() + share * 128).astype(np.uint8),
+                    [several[0] for several in CAPTIONS])
         found.append(quick(folder=f"grey{share}")["scores"]["fid"])
     assert abs(found[0]) < 1e-6 < found[1] < found[2] < found[3]
 
@@ -182,8 +205,10 @@ def test_clip_scores_are_cosines_of_each_picture_with_its_own_caption(quick):
         shuffled = np.mean([cosine(prefix, i, CAPTIONS[(i + 3) % N][0]) for i in range(N)])
         bounds = result["bounds"]
         assert bounds["real pairs (ceiling)"][name]["cosine"] == pytest.approx(real, abs=1e-6)
-        assert bounds["real, captions shuffled (floor)"][name]["cosine"] == pytest.approx(shuffled, abs=1e-6)
-    assert result["protocol"]["clip"]["file"] == CLIP and result["protocol"]["clip_prefix"] == "A photo depicts "
+        assert bounds["real, captions shuffled (floor)"][name]["cosine"] == pytest.approx(
+            shuffled, abs=1e-6)
+    assert (result["protocol"]["clip"]["file"] == CLIP
+            and result["protocol"]["clip_prefix"] == "A photo depicts ")
 
 
 def test_the_same_pictures_give_the_same_scores_whatever_the_batch_size(quick, monkeypatch):
@@ -201,8 +226,9 @@ def test_a_single_picture_has_no_fid(quick):
         quick(folder="pictures", n=1)
 
 
-@pytest.mark.parametrize("n,few,other", [(2, True, True), (2047, True, True), (2048, False, True), (29_999, False, True),
-                                         (30_000, False, False)])
+@pytest.mark.parametrize("n,few,other", [
+    (2, True, True), (2047, True, True), (2048, False, True), (29_999, False, True),
+    (30_000, False, False)])
 def test_fid_of_few_pictures_comes_with_warnings(n, few, other):
     warnings = " ".join(warn_about_fid(n))
     assert ("singular" in warnings, "not comparable with FID-30k" in warnings) == (few, other)
@@ -213,26 +239,30 @@ def test_fid_of_few_pictures_comes_with_warnings(n, few, other):
 def test_reference_statistics_are_kept_until_pictures_or_weights_change(quick, monkeypatch):
     calls = []
     forward = FewFeatures.forward
-    monkeypatch.setattr(FewFeatures, "forward", lambda self, images: calls.append(len(images)) or forward(self, images))
+    monkeypatch.setattr(FewFeatures, "forward",
+                        lambda self, images: calls.append(len(images)) or forward(self, images))
     quick(folder="pictures")
     kept = Path("data/coco/fid_reference_6.npz")
     with np.load(kept, allow_pickle=False) as file:
         expected = features_one_by_one(FewFeatures(), real_pictures())
-        np.testing.assert_allclose(file["sigma"], np.cov(expected, rowvar=False), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(file["sigma"], np.cov(expected, rowvar=False),
+                                   rtol=1e-6, atol=1e-6)
         assert file["mu"].dtype == file["sigma"].dtype == np.float64
-    assert sum(calls) == 2 * N + N                                                     # reference, folder, and the line above
+    assert sum(calls) == 2 * N + N              # reference, folder, and `expected` above
     del calls[:]
     first = quick(folder="pictures")
     assert sum(calls) == N
     Path("few.pth").write_text("other weights")
     second = quick(folder="pictures")
-    assert sum(calls) == 3 * N and first["protocol"]["inception"]["sha256"] != second["protocol"]["inception"]["sha256"]
+    assert sum(calls) == 3 * N and (first["protocol"]["inception"]["sha256"]
+                                    != second["protocol"]["inception"]["sha256"])
     np.save("data/coco/val_images.npy", 255 - real_pictures())
     third = quick(folder="pictures")
     assert sum(calls) == 5 * N and third["scores"]["fid"] > second["scores"]["fid"]
     assert third["protocol"]["reference"]["sha256"] != second["protocol"]["reference"]["sha256"]
     np.save("data/coco/val_images.npy", np.concatenate([real_pictures()] * 2))
-    assert quick(folder="pictures")["protocol"]["reference"]["pictures"] == 2 * N and Path("data/coco/fid_reference_12.npz").exists()
+    assert (quick(folder="pictures")["protocol"]["reference"]["pictures"] == 2 * N
+            and Path("data/coco/fid_reference_12.npz").exists())
 
 
 # ---- which captions ----
@@ -250,10 +280,12 @@ def test_the_first_rule_takes_pictures_in_order_and_their_first_captions(house):
 
 def test_the_random_rule_takes_any_picture_and_any_of_its_captions_by_the_seed(house):
     drawn = [prompts(prompts="random", seed=seed) for seed in range(40)]
-    assert all(sorted(rows) == list(range(N)) and all(caption in CAPTIONS[row] for row, caption in zip(rows, captions))
+    assert all(sorted(rows) == list(range(N))
+               and all(caption in CAPTIONS[row] for row, caption in zip(rows, captions))
                for rows, captions in drawn)
     assert {rows[0] for rows, _ in drawn} == set(range(N))
-    assert {caption for _, captions in drawn for caption in captions} == {caption for several in CAPTIONS for caption in several}
+    assert ({caption for _, captions in drawn for caption in captions}
+            == {caption for several in CAPTIONS for caption in several})
     assert prompts(prompts="random", seed=3) == drawn[3] != drawn[4]
     assert prompts(prompts="random", seed=3, n=4) == (drawn[3][0][:4], drawn[3][1][:4])
 
@@ -269,7 +301,9 @@ def test_more_pictures_than_there_are_is_said(house, capsys):
 def drawn(monkeypatch):
     """The captions of every call of Pipeline.draw."""
     calls, draw = [], Pipeline.draw
-    monkeypatch.setattr(Pipeline, "draw", lambda self, captions, *rest: calls.append(captions) or draw(self, captions, *rest))
+    monkeypatch.setattr(
+        Pipeline, "draw",
+        lambda self, captions, *rest: calls.append(captions) or draw(self, captions, *rest))
     return calls
 
 
@@ -288,7 +322,8 @@ def test_samples_are_drawn_once(quick, drawn):
     assert (folder_of() / "captions.txt").read_text().splitlines()[1] == "00001.png\ttwo dogs"
     before = {path: path.stat().st_mtime_ns for path in folder_of().glob("*.png")}
     second = quick()
-    assert len(drawn) == 3 and before == {path: path.stat().st_mtime_ns for path in folder_of().glob("*.png")}
+    assert len(drawn) == 3 and before == {path: path.stat().st_mtime_ns
+                                          for path in folder_of().glob("*.png")}
     assert first == second and first["images_per_second"] > 0
     assert quick(n=4)["protocol"]["pictures"] == 4 and len(drawn) == 3
     quick(seed=1)
@@ -300,7 +335,8 @@ def test_samples_of_other_weights_at_the_same_place_are_not_taken_for_ours(quick
     save_official("runs/small.pth", seed=7)
     second = quick(n=2)
     new, = {*Path("runs/eval").iterdir()} - {old}
-    assert len(drawn) == 2 and (pixels(new) != pixels(old)).any() and first["weights_sha256"] != second["weights_sha256"]
+    assert (len(drawn) == 2 and (pixels(new) != pixels(old)).any()
+            and first["weights_sha256"] != second["weights_sha256"])
 
 
 def test_an_interrupted_call_goes_on_where_it_stopped(quick, drawn, monkeypatch):
@@ -315,11 +351,12 @@ def test_an_interrupted_call_goes_on_where_it_stopped(quick, drawn, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             quick()
     with open(folder_of() / "captions.txt", "a", encoding="utf-8") as file:
-        file.write("00002.png\ta bo")                                                  # as a crash may leave it
+        file.write("00002.png\ta bo")                                   # as a crash may leave it
     del drawn[:]
     quick()
     assert drawn == [["a bowl of soup", "a man with a kite"], ["an empty street", "three sheep"]]
-    assert (folder_of() / "captions.txt").read_text().splitlines() == [f"0000{i}.png\t{CAPTIONS[i][0]}" for i in range(N)]
+    assert (folder_of() / "captions.txt").read_text().splitlines() == [
+        f"0000{i}.png\t{CAPTIONS[i][0]}" for i in range(N)]
     resumed = pixels(folder_of())
     folder_of().rename("resumed")
     quick()
@@ -334,7 +371,8 @@ def test_samples_of_other_captions_are_not_taken_for_ours(quick):
         quick()
 
 
-def test_without_the_weights_one_sentence_comes_before_any_work_and_samples_stay(quick, drawn, monkeypatch):
+def test_without_the_weights_one_sentence_comes_before_any_work_and_samples_stay(
+        quick, drawn, monkeypatch):
     quick()
     asked = []
 
@@ -347,7 +385,8 @@ def test_without_the_weights_one_sentence_comes_before_any_work_and_samples_stay
         quick(inception="", weights="nowhere")
     with pytest.raises(UserError, match=f"fetch {CLIP}"):
         quick(clip="", weights="nowhere")
-    assert INCEPTION in prepare_data.FILES and CLIP in prepare_data.FILES and asked == [(INCEPTION, "nowhere"), (CLIP, "nowhere")]
+    assert (INCEPTION in prepare_data.FILES and CLIP in prepare_data.FILES
+            and asked == [(INCEPTION, "nowhere"), (CLIP, "nowhere")])
     with pytest.raises(UserError, match="mine.pth: there is no such file"):
         quick(inception="mine.pth")
     assert (pixels(folder_of()) == before).all() and len(drawn) == 3
@@ -359,14 +398,18 @@ def test_eval_json_carries_its_whole_protocol(quick, weights, capsys):
     result = quick(raw=False)
     assert result == json.loads((folder_of() / "eval.json").read_text())
     protocol = result["protocol"]
-    assert protocol["pictures"] == N and protocol["captions"].startswith("first") and protocol["steps"] == 2 and protocol["seed"] == 0
-    assert protocol["guidance_scale"] == 2 and protocol["guidance"] == "eps_uncond + w (eps_cond - eps_uncond)"
+    assert (protocol["pictures"] == N and protocol["captions"].startswith("first")
+            and protocol["steps"] == 2 and protocol["seed"] == 0)
+    assert (protocol["guidance_scale"] == 2
+            and protocol["guidance"] == "eps_uncond + w (eps_cond - eps_uncond)")
     assert protocol["sampler"] == "DPM-Solver++(2M)" and protocol["latent_scale"] == 0.2301
     assert protocol["autoencoder"]["file"] == "kl-f8.bin" and protocol["text_tower"]["file"] == CLIP
     assert protocol["reference"]["pictures"] == N and len(protocol["reference"]["sha256"]) == 64
     assert len(protocol["inception"]["sha256"]) == len(protocol["clip"]["sha256"]) == 64
-    assert "299" in protocol["resize"] and set(protocol["versions"]) == {"python", "torch", "numpy", "scipy", "pillow"}
-    assert (result["step"], result["weights"], result["checkpoint"]) == (1_000_000, "ema", "runs/small.pth")
+    assert "299" in protocol["resize"] and set(protocol["versions"]) == {
+        "python", "torch", "numpy", "scipy", "pillow"}
+    assert (result["step"], result["weights"], result["checkpoint"]) == (
+        1_000_000, "ema", "runs/small.pth")
     assert result["warnings"] == warn_about_fid(N)
     printed = capsys.readouterr().out
     assert all(f"warning: {warning}" in printed for warning in warn_about_fid(N))
@@ -383,12 +426,15 @@ def test_several_checkpoints_stand_in_one_table(quick, capsys):
     save_official("deep/deep.pth", depth=5)
     quick(checkpoint="runs/small.pth,deep/deep.pth")
     head, *rows = rows_of(capsys.readouterr().out)
-    assert [row[0] for row in rows[:2]] == ["runs/small.pth at step 1000000", "deep/deep.pth at step 1000000"]
+    assert [row[0] for row in rows[:2]] == ["runs/small.pth at step 1000000",
+                                            "deep/deep.pth at step 1000000"]
     for row, path, depth in zip(rows, ("runs", "deep"), (3, 5)):
         cells, result = dict(zip(head, row)), json.loads(Path(path, "eval.json").read_text())
-        uvit = UViTConfig("early", "concat", depth=depth, image_size=8, width=64, heads=1, context_dim=64)
+        uvit = UViTConfig("early", "concat", depth=depth, image_size=8, width=64, heads=1,
+                          context_dim=64)
         parameters = sum(parameter.numel() for parameter in UViT(uvit).parameters())
-        assert (result["parameters"], cells["M parameters"]) == (parameters, f"{parameters / 1e6:.2f}")
+        assert (result["parameters"], cells["M parameters"]) == (
+            parameters, f"{parameters / 1e6:.2f}")
         assert cells["GFLOPs"] == f"{2 * sum(count_multiply_adds(uvit)) / 1e9:.3f}"
         assert float(cells["images/s"]) > 0
 
@@ -401,10 +447,12 @@ def test_a_sweep_has_a_row_and_a_folder_for_each_scale_and_a_plot(quick, drawn, 
     with Image.open("runs/sweep.png") as plot:
         assert plot.size == (960, 640) and len(plot.getcolors(2 ** 20)) > 10
     quick(n=4)
-    assert len(drawn) == 6                                                              # w = 2 is there
+    assert len(drawn) == 6                                              # w = 2 is there
 
 
-@pytest.mark.parametrize("values", [[1, 2, 3.5], [0.0], [5.95, 5.95], [-3, 1e4], [22.1, 22.4, 22.35], [1e-9, 2e-9], [0, 100]], ids=str)
+@pytest.mark.parametrize("values", [
+    [1, 2, 3.5], [0.0], [5.95, 5.95], [-3, 1e4], [22.1, 22.4, 22.35], [1e-9, 2e-9], [0, 100]],
+    ids=str)
 def test_ticks_are_few_round_and_enclose_the_values(values):
     ticks = evaluate.choose_ticks(values)
     assert ticks[0] <= min(values) and ticks[-1] >= max(values) and 2 <= len(ticks) <= 10
@@ -419,12 +467,15 @@ def test_ticks_are_few_round_and_enclose_the_values(values):
     ({"folder": "uneven"}, "p2.png has 32x64 pixels, but the real pictures have 64x64"),
     ({"folder": "broken"}, "p4.png is not a picture that Pillow can read"),
     ({"data": "data/none"}, "data/none is not a finished cache"),
-    ({"data": "data/larger"}, "small.pth was trained on coco at 64 pixels, but --data=data/larger holds coco at 128 pixels"),
-    ({"data": "data/own"}, "small.pth was trained on coco at 64 pixels, but --data=data/own holds folder at 64 pixels"),
+    ({"data": "data/larger"}, "small.pth was trained on coco at 64 pixels, "
+                              "but --data=data/larger holds coco at 128 pixels"),
+    ({"data": "data/own"}, "small.pth was trained on coco at 64 pixels, "
+                           "but --data=data/own holds folder at 64 pixels"),
     ({"raw": True}, "holds no raw weights"),
     ({"sweep": "1,two"}, "--sweep=1,two: expected guidance scales separated by commas"),
-    ({"guidance_scale": float("nan")}, "guidance scales"), ({"steps": 0}, "steps=0"), ({"batch_size": 0}, "batch_size=0"),
-    ({"prompts": "all"}, "prompts='all'"), ({"n": -1}, "n=-1"), ({"checkpoint": "runs/none.pth"}, "there is no such file")], ids=str)
+    ({"guidance_scale": float("nan")}, "guidance scales"), ({"steps": 0}, "steps=0"),
+    ({"batch_size": 0}, "batch_size=0"), ({"prompts": "all"}, "prompts='all'"), ({"n": -1}, "n=-1"),
+    ({"checkpoint": "runs/none.pth"}, "there is no such file")], ids=str)
 def test_mistakes_are_answered_in_one_sentence(quick, changes, message):
     for name in ("gap", "uneven", "broken"):
         save_folder(name, real_pictures(), [several[0] for several in CAPTIONS])
@@ -444,11 +495,15 @@ def test_mistakes_are_answered_in_one_sentence(quick, changes, message):
 
 # ---- the official weights ----
 
-def test_the_official_weights_are_sampled_with_the_published_scale_and_the_empty_caption(house, weights, monkeypatch):
+def test_the_official_weights_are_sampled_with_the_published_scale_and_the_empty_caption(
+        house, weights, monkeypatch):
     decoded, decode = [], KLAutoencoder.decode
-    monkeypatch.setattr(KLAutoencoder, "decode", lambda self, z: decoded.append(z) or decode(self, z))
-    sample.main(sample.Config(checkpoint="runs/small.pth", prompt="a red tram", n=2, steps=2, weights=str(weights)))
-    assert [np.asarray(Image.open(f"runs/generated/0001/0000{i}.png")).shape for i in (0, 1)] == [(S, S, 3)] * 2
+    monkeypatch.setattr(KLAutoencoder, "decode",
+                        lambda self, z: decoded.append(z) or decode(self, z))
+    sample.main(sample.Config(checkpoint="runs/small.pth", prompt="a red tram", n=2, steps=2,
+                              weights=str(weights)))
+    assert [np.asarray(Image.open(f"runs/generated/0001/0000{i}.png")).shape
+            for i in (0, 1)] == [(S, S, 3)] * 2
     pipeline = Pipeline("runs/small.pth", weights=weights)
     torch.testing.assert_close(pipeline.null_context, towers()[0](tokenize([""]))[0][0])
     torch.manual_seed(0)
@@ -464,13 +519,16 @@ def test_the_official_weights_are_sampled_with_the_published_scale_and_the_empty
 def house_of_shapes(tmp_path_factory):
     """A tiny cache of shapes and an untrained checkpoint that fits it."""
     folder = tmp_path_factory.mktemp("shapes")
-    prepare_data.main(prepare_data.Config(out=str(folder / "data" / "shapes"), train_images=40, val_images=12))
+    prepare_data.main(prepare_data.Config(out=str(folder / "data" / "shapes"), train_images=40,
+                                          val_images=12))
     cache = prepare_data.read_cache(folder / "data" / "shapes")
-    uvit = UViTConfig("intermediate", "cross_attention", n_image=1, n_fuse=1, n_text=1, image_size=8, channels=16, patch_size=2,
-                      width=32, heads=2, context_len=16, context_dim=64)
+    uvit = UViTConfig("intermediate", "cross_attention", n_image=1, n_fuse=1, n_text=1,
+                      image_size=8, channels=16, patch_size=2, width=32, heads=2, context_len=16,
+                      context_dim=64)
     raw, ema = [randomise(UViT(uvit), seed).state_dict() for seed in (1, 2)]
     (folder / "out").mkdir()
-    torch.save({"format": "midfuse-1", "step": 7, "model": raw, "ema": ema, "uvit": dataclasses.asdict(uvit), "meta": cache.meta,
+    torch.save({"format": "midfuse-1", "step": 7, "model": raw, "ema": ema,
+                "uvit": dataclasses.asdict(uvit), "meta": cache.meta,
                 "latent_scale": cache.meta["latent_scale"], "autoencoder": cache.autoencoder,
                 "null_context": torch.from_numpy(cache.text[0])}, folder / "out" / "last.pt")
     return folder
@@ -490,51 +548,58 @@ def test_shapes_are_judged_by_the_detector_without_any_weights(shapes, capsys):
     captions = [cache.captions[row] for row in cache.val.pairs[:8, 1]]
     assert result["scores"] == evaluate.score_shapes(pixels(folder), captions)
     assert result["bounds"]["real pictures (ceiling)"]["seen"]["everything"] == 1
-    assert result["protocol"]["pictures"] == 8 and "detector" in result["protocol"] and result["warnings"] == []
+    assert (result["protocol"]["pictures"] == 8 and "detector" in result["protocol"]
+            and result["warnings"] == [])
     printed = capsys.readouterr().out
     assert "FID and CLIP score are for real pictures and are not computed for the shapes" in printed
     assert [row[0] for row in rows_of(printed)[1:]] == ["out/last.pt at step 7", *result["bounds"]]
     evaluate.main(dataclasses.replace(shapes, raw=True))
-    assert json.loads(Path("out/eval.json").read_text())["weights"] == "raw" and len(list(Path("out/eval").iterdir())) == 2
+    assert (json.loads(Path("out/eval.json").read_text())["weights"] == "raw"
+            and len(list(Path("out/eval").iterdir())) == 2)
 
 
 def test_shapes_can_be_swept_and_a_folder_of_them_scored(shapes, capsys):
     evaluate.main(dataclasses.replace(shapes, sweep="1,3", n=4))
-    assert [row[1] for row in rows_of(capsys.readouterr().out)[1:3]] == ["1", "3"] and Path("out/sweep.png").exists()
+    assert ([row[1] for row in rows_of(capsys.readouterr().out)[1:3]] == ["1", "3"]
+            and Path("out/sweep.png").exists())
     val = prepare_data.Shapes(prepare_data.Config(train_images=40, val_images=12), "val")
     captions = [several[0] for several in val.captions]
     save_folder("theirs", np.stack([val.load(i) for i in range(12)]), captions)
     evaluate.main(dataclasses.replace(shapes, folder="theirs", n=0))
     scores = json.loads(Path("theirs/eval.json").read_text())["scores"]
-    assert scores["seen"]["everything"] == scores["unseen"]["everything"] == 1 and scores["seen"]["pictures"] == 6
+    assert (scores["seen"]["everything"] == scores["unseen"]["everything"] == 1
+            and scores["seen"]["pictures"] == 6)
     save_folder("cats", np.stack([val.load(i) for i in range(2)]), ["a cat", captions[1]])
     with pytest.raises(UserError, match="'a cat' is not a caption of the shapes dataset"):
         evaluate.main(dataclasses.replace(shapes, folder="cats", n=0))
 
 
 def test_a_model_of_shapes_is_not_scored_on_photographs(shapes, quick):
-    with pytest.raises(UserError, match="out/last.pt was trained on shapes at 32 pixels, but --data=data/coco holds coco at 64"):
+    with pytest.raises(UserError, match="out/last.pt was trained on shapes at 32 pixels, "
+                                        "but --data=data/coco holds coco at 64"):
         quick(checkpoint="out/last.pt")
 
 
 # ---- attention rank ----
 
 def test_effective_rank_of_known_matrices():
-    """1 for an outer product, n for n equal singular values, whatever the scale; between them exp(entropy)."""
+    """1 for an outer product, n for n equal singular values at any scale, else exp(entropy)."""
     outer = torch.outer(torch.rand(7), torch.rand(4))
     orthogonal = torch.linalg.qr(torch.randn(7, 4))[0]
     mixed = orthogonal * torch.tensor([3.0, 1.0, 0.0, 0.0])
     ranks = evaluate.effective_rank(torch.stack([outer, 1e-3 * orthogonal, mixed]))
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
-    torch.testing.assert_close(ranks, torch.tensor([1.0, 4.0, np.exp(entropy)], dtype=torch.float32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        ranks, torch.tensor([1.0, 4.0, np.exp(entropy)], dtype=torch.float32), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("fusion", ["early", "intermediate"])
 @pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
-def test_attention_ranks_are_those_of_the_attention_that_the_network_computes(fusion, conditioning, monkeypatch):
+def test_attention_ranks_are_those_of_the_attention_that_the_network_computes(
+        fusion, conditioning, monkeypatch):
     torch.manual_seed(0)
-    uvit = UViTConfig(fusion, conditioning, depth=5, n_image=1, n_text=1, image_size=4, channels=2, patch_size=1, width=16,
-                      heads=2, context_len=3, context_dim=5)
+    uvit = UViTConfig(fusion, conditioning, depth=5, n_image=1, n_text=1, image_size=4, channels=2,
+                      patch_size=1, width=16, heads=2, context_len=3, context_dim=5)
     net, seen = UViT(uvit, init_std=0.5), []
     attention = model.attention
 
@@ -543,16 +608,20 @@ def test_attention_ranks_are_those_of_the_attention_that_the_network_computes(fu
             seen.append((q @ k.mT / 8 ** 0.5).softmax(-1)[:, :, 1:17, 17:])
         return attention(q, k, v)
     monkeypatch.setattr(model, "attention", record)
-    ranks = evaluate.attention_ranks(net, torch.randn(2, 2, 4, 4), torch.tensor([10, 900]), torch.randn(2, 3, 5))
+    ranks = evaluate.attention_ranks(net, torch.randn(2, 2, 4, 4), torch.tensor([10, 900]),
+                                     torch.randn(2, 3, 5))
     assert list(ranks) == list(uvit.window)
     expected = [evaluate.effective_rank(weights).mean().item() for weights in seen]
-    assert list(ranks.values()) == pytest.approx(expected, rel=1e-5) and all(1 <= rank <= 3 for rank in ranks.values())
-    assert not any(block.attn._forward_pre_hooks for block in net.in_blocks)        # and leaves nothing behind
+    assert (list(ranks.values()) == pytest.approx(expected, rel=1e-5)
+            and all(1 <= rank <= 3 for rank in ranks.values()))
+    assert not any(block.attn._forward_pre_hooks for block in net.in_blocks)    # all are removed
 
 
 def test_attention_that_looks_at_the_text_alike_from_everywhere_has_rank_one():
-    net = UViT(UViTConfig("early", "concat", depth=3, image_size=4, patch_size=1, width=16, heads=2, context_len=3, context_dim=5))
+    net = UViT(UViTConfig("early", "concat", depth=3, image_size=4, patch_size=1, width=16, heads=2,
+                          context_len=3, context_dim=5))
     for block in (*net.in_blocks, net.mid_block, *net.out_blocks):
         block.attn.qkv.weight.data[:16] = 0                         # every query is 0
-    ranks = evaluate.attention_ranks(net, torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.randn(1, 3, 5))
+    ranks = evaluate.attention_ranks(net, torch.randn(1, 4, 4, 4), torch.tensor([5]),
+                                     torch.randn(1, 3, 5))
     assert list(ranks.values()) == pytest.approx([1, 1, 1], abs=1e-3)

@@ -1,4 +1,4 @@
-"""Protects the road from public files to a cache: what is downloaded, converted or interrupted gives the same bits as if nothing had been."""
+"""Protects the road from public files to a cache: after any interruption the bits are the same."""
 import errno
 import hashlib
 import http.server
@@ -28,15 +28,16 @@ from prepare_data import Config, Folder, Progress, crop_and_resize, fetch, read_
 from vae import KLAutoencoder, load_autoencoder, load_vae, to_unit
 
 ARRAYS = ("train_moments", "val_moments", "val_images", "text", "train_pairs", "val_pairs")
-TRAIN_IDS, VAL_IDS = (57870, 9, 25, 581921, 30), (42, 7, 500000, 73)           # not in order, as in the real files
-CAPTIONS = {9: ["A  red bus\n", "A bus on a road. ", "bus", "the\tred bus", "A bus, parked.", "six captions here"],
+TRAIN_IDS, VAL_IDS = (57870, 9, 25, 581921, 30), (42, 7, 500000, 73)        # unsorted, as in COCO
+CAPTIONS = {9: ["A  red bus\n", "A bus on a road. ", "bus", "the\tred bus", "A bus, parked.",
+                "six captions here"],
             42: ["Two dogs play.", "another caption of two dogs"]}
 
 
 # ---- a COCO in miniature, on a server that breaks off ----
 
 class Server(http.server.ThreadingHTTPServer):
-    """Files in memory with Range; `allowed` says after how many bytes of a file the connection breaks off, once or for good."""
+    """Files in memory with Range; `allowed`: where a file's connection breaks, and if for good."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -47,7 +48,8 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         name, server = self.path[1:], self.server
-        content, begin = server.files[name], int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        content, begin = server.files[name], int(
+            self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         server.requests.append((name, begin))
         begin = begin if server.ranges else 0
         self.send_response(206 if server.ranges else 200)
@@ -72,11 +74,15 @@ def coco_split(archive, annotations, split, ids):
     for i in ids:
         name = f"COCO_{split}2014_{i:012d}.jpg"
         file = io.BytesIO()
-        draw(i, (75, 48) if i % 2 else (40, 61), {9: "L", 25: "CMYK"}.get(i, "RGB")).save(file, "JPEG")
+        draw(i, (75, 48) if i % 2 else (40, 61), {9: "L", 25: "CMYK"}.get(i, "RGB")).save(
+            file, "JPEG")
         archive.writestr(f"{split}2014/{name}", file.getvalue())
         images.append({"id": i, "file_name": name, "width": 1, "height": 1})
-        captions += [{"id": len(captions), "image_id": i, "caption": text} for text in CAPTIONS.get(i, [f"picture {i}", "a picture"])]
-    annotations.writestr(f"annotations/captions_{split}2014.json", json.dumps({"images": images, "annotations": captions[::2] + captions[1::2]}))
+        captions += [{"id": len(captions), "image_id": i, "caption": text}
+                     for text in CAPTIONS.get(i, [f"picture {i}", "a picture"])]
+    annotations.writestr(
+        f"annotations/captions_{split}2014.json",
+        json.dumps({"images": images, "annotations": captions[::2] + captions[1::2]}))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,8 @@ def served(tmp_path_factory):
             with zipfile.ZipFile(folder / f"{split}2014.zip", "w") as archive:
                 coco_split(archive, annotations, split, ids)
     torch.manual_seed(0)
-    vae, tower = KLAutoencoder(channels=32, multipliers=(1, 1, 1, 1), blocks=1), CLIPText(width=64, layers=1, heads=1, projection=32)
+    vae, tower = (KLAutoencoder(channels=32, multipliers=(1, 1, 1, 1), blocks=1),
+                  CLIPText(width=64, layers=1, heads=1, projection=32))
     for module, name in ((vae, "kl-f8.bin"), (tower, "clip-vit-large-patch14.bin")):
         state = {key: 0.1 * torch.randn_like(value) for key, value in module.state_dict().items()}
         torch.save(state, folder / name)
@@ -100,7 +107,8 @@ def server(served, monkeypatch):
     server = Server()
     for path in served.iterdir():
         server.files[path.name] = path.read_bytes()
-        entry = (f"http://127.0.0.1:{server.server_port}/{path.name}", path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        entry = (f"http://127.0.0.1:{server.server_port}/{path.name}", path.stat().st_size,
+                 hashlib.sha256(path.read_bytes()).hexdigest())
         monkeypatch.setitem(prepare_data.FILES, path.name, entry)
     yield server
     server.shutdown()
@@ -112,12 +120,14 @@ def here(served, server, monkeypatch):
     """Everything is on disk already: a Config of COCO with parts of two rows."""
     monkeypatch.setattr(Progress, "PART", 2)
     Path("weights").symlink_to(served)
-    return lambda **changes: Config(**{"dataset": "coco", "image_size": 32, "val_images": 3, "downloads": str(served)} | changes)
+    return lambda **changes: Config(**{"dataset": "coco", "image_size": 32, "val_images": 3,
+                                       "downloads": str(served)} | changes)
 
 
 def same(one, other):
     for name in ARRAYS:
-        assert (Path(one) / f"{name}.npy").read_bytes() == (Path(other) / f"{name}.npy").read_bytes(), name
+        assert (Path(one) / f"{name}.npy").read_bytes() == (
+            Path(other) / f"{name}.npy").read_bytes(), name
     for name in ("captions.txt", "meta.json", "preview.png"):
         assert (Path(one) / name).read_bytes() == (Path(other) / name).read_bytes(), name
 
@@ -127,47 +137,61 @@ def same(one, other):
 def test_coco_is_downloaded_over_broken_connections_and_prepared(server, served, capsys):
     config = Config(dataset="coco", image_size=32, val_images=3)
     half = {name: len(content) // 2 for name, content in server.files.items()}
-    server.allowed = {"val2014.zip": (half["val2014.zip"], False), "train2014.zip": (half["train2014.zip"], True)}
+    server.allowed = {"val2014.zip": (half["val2014.zip"], False),
+                      "train2014.zip": (half["train2014.zip"], True)}
     with pytest.raises(UserError, match="goes on where it stopped") as error:
         prepare_data.main(config)
-    assert str(error.value).count("\n") == 0 and prepare_data.FILES["train2014.zip"][2] in str(error.value)
+    assert (str(error.value).count("\n") == 0
+            and prepare_data.FILES["train2014.zip"][2] in str(error.value))
     assert Path("downloads/train2014.zip.part").stat().st_size == half["train2014.zip"]
     assert not Path("downloads/train2014.zip").exists() and not Path("data/coco/meta.json").exists()
 
     server.allowed, server.requests = {"val2014.zip": (half["val2014.zip"], False)}, []
     prepare_data.main(config)
-    assert server.requests == [("train2014.zip", half["train2014.zip"]), ("val2014.zip", 0), ("val2014.zip", half["val2014.zip"])]
-    assert {path.name for path in [*Path("downloads").iterdir(), *Path("weights").iterdir()]} == set(server.files)
+    assert server.requests == [("train2014.zip", half["train2014.zip"]), ("val2014.zip", 0),
+                               ("val2014.zip", half["val2014.zip"])]
+    assert {path.name for path in [*Path("downloads").iterdir(),
+                                   *Path("weights").iterdir()]} == set(server.files)
     out = capsys.readouterr().out
     assert "GB to data/coco" in out and "GB are free" in out and "time:" in out
 
     cache = read_cache("data/coco")
     train_ids, val_ids = sorted(TRAIN_IDS), sorted(VAL_IDS)[:3]
     assert cache.captions[0] == "" and cache.captions[1:] == sorted(set(cache.captions[1:]))
-    texts = [[cache.captions[row] for picture, row in cache.train.pairs if picture == i] for i in range(5)]
-    assert texts[train_ids.index(9)] == ["A red bus", "bus", "A bus, parked.", "A bus on a road.", "the red bus", "six captions here"]
-    assert [cache.captions[row] for row in cache.val.pairs[:, 1]] == ["picture 7", "Two dogs play.", "picture 73"]
+    texts = [[cache.captions[row] for picture, row in cache.train.pairs if picture == i]
+             for i in range(5)]
+    assert texts[train_ids.index(9)] == ["A red bus", "bus", "A bus, parked.", "A bus on a road.",
+                                         "the red bus", "six captions here"]
+    assert [cache.captions[row] for row in cache.val.pairs[:, 1]] == [
+        "picture 7", "Two dogs play.", "picture 73"]
     assert "another caption of two dogs" not in cache.captions
 
     images = np.load("data/coco/val_images.npy")
     vae, tower = load_vae("weights/kl-f8.bin"), load_clip_text("weights/clip-vit-large-patch14.bin")
-    for split, ids, moments in (("train", train_ids, cache.train.moments), ("val", val_ids, cache.val.moments)):
+    for split, ids, moments in (("train", train_ids, cache.train.moments),
+                                ("val", val_ids, cache.val.moments)):
         pictures = []
         with zipfile.ZipFile(served / f"{split}2014.zip") as archive:
             for i in ids:
-                pixels = np.asarray(Image.open(archive.open(f"{split}2014/COCO_{split}2014_{i:012d}.jpg")).convert("RGB"))
+                pixels = np.asarray(Image.open(archive.open(
+                    f"{split}2014/COCO_{split}2014_{i:012d}.jpg")).convert("RGB"))
                 H, W = pixels.shape[:2]
                 s = min(H, W)
                 square = pixels[(H - s) // 2:(H + s) // 2, (W - s) // 2:(W + s) // 2]
-                pictures.append(np.asarray(Image.fromarray(square).resize((32, 32), Image.Resampling.LANCZOS)))
+                pictures.append(np.asarray(Image.fromarray(square).resize(
+                    (32, 32), Image.Resampling.LANCZOS)))
         assert split == "train" or (images == pictures).all()
-        torch.testing.assert_close(torch.from_numpy(moments[:]), vae.encode(to_unit(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))))
+        torch.testing.assert_close(
+            torch.from_numpy(moments[:]),
+            vae.encode(to_unit(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))))
     assert cache.text.shape == (len(cache.captions), 77, 64) and cache.text.dtype == np.float16
-    torch.testing.assert_close(torch.from_numpy(cache.text[:]), tower(tokenize(cache.captions))[0].half(), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(torch.from_numpy(cache.text[:]),
+                               tower(tokenize(cache.captions))[0].half(), atol=2e-3, rtol=2e-3)
 
     assert cache.meta["latent_shape"] == [4, 4, 4] and cache.meta["latent_std"] == 1
     mean, logvar = torch.from_numpy(cache.train.moments[:]).chunk(2, dim=1)
-    variance = (mean.var() + logvar.clamp(-30, 20).exp().mean()).item()        # of the latents: between pictures, and within each
+    # of the latents: between pictures, and within each
+    variance = (mean.var() + logvar.clamp(-30, 20).exp().mean()).item()
     assert cache.meta["latent_scale"] == pytest.approx(variance ** -0.5, rel=0.1)
     load_autoencoder(cache.meta["autoencoder"], None, "weights")
     load_text_tower(cache.meta["text_tower"], "weights")
@@ -188,7 +212,8 @@ def test_a_file_with_another_hash_is_refused_and_stays(server):
         path.write_bytes(wrong)
         with pytest.raises(UserError) as error:
             fetch("val2014.zip", "downloads")
-        assert hashlib.sha256(wrong).hexdigest() in str(error.value) and prepare_data.FILES["val2014.zip"][2] in str(error.value)
+        assert (hashlib.sha256(wrong).hexdigest() in str(error.value)
+                and prepare_data.FILES["val2014.zip"][2] in str(error.value))
         assert path.read_bytes() == wrong and "\n" not in str(error.value)
         path.unlink()
 
@@ -237,7 +262,8 @@ def test_the_space_that_is_said_is_the_space_that_is_used(here, monkeypatch):
     needs = []
     monkeypatch.setattr(prepare_data, "check_space", needs.append)
     prepare_data.main(here())
-    said, used = sum(needs[-1].values()), sum(path.stat().st_size for path in Path("data/coco").iterdir())
+    said, used = (sum(needs[-1].values()),
+                  sum(path.stat().st_size for path in Path("data/coco").iterdir()))
     assert used <= said < used + 5_000_000
 
 
@@ -302,9 +328,11 @@ def die(rows):
 prepare_data.encode_pictures = killed
 prepare_data.main(prepare_data.{config!r})
 """
-    assert subprocess.run([sys.executable, "-c", script], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode == 9
+    assert subprocess.run([sys.executable, "-c", script], stderr=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL).returncode == 9
     state = json.loads(Path("killed/progress.json").read_text())
-    assert state["rows"] == {"val_images": 3, "val_moments": 3, "train_moments": 2} and not Path("killed/meta.json").exists()
+    assert (state["rows"] == {"val_images": 3, "val_moments": 3, "train_moments": 2}
+            and not Path("killed/meta.json").exists())
     assert (Path("killed/train_moments.npy").stat().st_size - 128) % 512 == 700 - 512
     prepare_data.main(config)
     assert "made anew" not in capsys.readouterr().out
@@ -331,7 +359,8 @@ def test_data_that_lag_behind_their_record_are_made_again(here, monkeypatch, dam
     same("cut", "whole")
 
 
-def test_other_weights_under_the_same_name_make_a_half_written_cache_anew(here, monkeypatch, served, capsys):
+def test_other_weights_under_the_same_name_make_a_half_written_cache_anew(
+        here, monkeypatch, served, capsys):
     def stop(*_):
         raise KeyboardInterrupt
     shutil.copy(served / "kl-f8.bin", "mine.bin")
@@ -350,8 +379,9 @@ def test_other_weights_under_the_same_name_make_a_half_written_cache_anew(here, 
 
 def test_two_steps_are_trained_on_it_and_a_picture_is_sampled(here):
     prepare_data.main(here())
-    train.main(train.Config(data="data/coco", name="tiny", steps=2, patch_size=2, width=32, heads=2, n_image=1, n_fuse=1, n_text=1,
-                            batch_size=4, validation_images=3, sample_steps=2, score=False, precision="float32"))
+    train.main(train.Config(data="data/coco", name="tiny", steps=2, patch_size=2, width=32, heads=2,
+                            n_image=1, n_fuse=1, n_text=1, batch_size=4, validation_images=3,
+                            sample_steps=2, score=False, precision="float32"))
     sample.main(sample.Config(checkpoint="out/tiny/last.pt", prompt="a red bus", n=1, steps=2))
     with Image.open("out/tiny/generated/0001/00000.png") as image:
         assert image.size == (32, 32)
@@ -359,7 +389,8 @@ def test_two_steps_are_trained_on_it_and_a_picture_is_sampled(here):
 
 def test_shapes_go_through_the_real_encoders_too(here, served):
     shutil.copy(served / "kl-f8.bin", "mine.bin")
-    prepare_data.main(Config(train_images=6, val_images=2, autoencoder="mine.bin", text_tower="clip"))
+    prepare_data.main(Config(train_images=6, val_images=2, autoencoder="mine.bin",
+                             text_tower="clip"))
     meta = read_cache("data/shapes").meta
     assert meta["latent_shape"] == [4, 4, 4] and meta["config"]["context_len"] == 77
     assert meta["autoencoder"]["file"] == str(Path("mine.bin").resolve())
@@ -368,8 +399,10 @@ def test_shapes_go_through_the_real_encoders_too(here, served):
 
 
 @pytest.mark.parametrize("changes,message", [
-    ({"dataset": "cocoa"}, "expected shapes, coco or folder"), ({"image_size": 40}, "multiple of 32"), ({"val_images": -1}, "negative"),
-    ({"dataset": "folder", "autoencoder": "linear"}, "--pictures="), ({"text_tower": "nowhere.bin"}, "expected random, clip or a file")])
+    ({"dataset": "cocoa"}, "expected shapes, coco or folder"),
+    ({"image_size": 40}, "multiple of 32"), ({"val_images": -1}, "negative"),
+    ({"dataset": "folder", "autoencoder": "linear"}, "--pictures="),
+    ({"text_tower": "nowhere.bin"}, "expected random, clip or a file")])
 def test_what_makes_no_sense_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         prepare_data.main(Config(**changes))
@@ -378,26 +411,30 @@ def test_what_makes_no_sense_is_refused(changes, message):
 # ---- your own pictures ----
 
 def own(folder="mine", **changes):
-    return Config(**{"dataset": "folder", "pictures": folder, "image_size": 32, "autoencoder": "linear", "text_tower": "random",
-                     "val_images": 2} | changes)
+    return Config(**{"dataset": "folder", "pictures": folder, "image_size": 32,
+                     "autoencoder": "linear", "text_tower": "random", "val_images": 2} | changes)
 
 
 def write_captions(layout, captions):
     if layout == "txt":
         for name, texts in captions.items():
-            Path("mine", name).with_suffix(".txt").write_text("\n".join(texts) + "\n\n", encoding="utf-8")
+            Path("mine", name).with_suffix(".txt").write_text("\n".join(texts) + "\n\n",
+                                                              encoding="utf-8")
     elif layout == "jsonl":
-        lines = [{"file_name": name, "text": texts[0] if len(texts) == 1 else texts} for name, texts in captions.items()]
+        lines = [{"file_name": name, "text": texts[0] if len(texts) == 1 else texts}
+                 for name, texts in captions.items()]
         Path("mine/captions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     else:
         rows = [f'{name},"{text}"' for name, texts in captions.items() for text in texts]
-        Path("mine/captions.csv").write_text("\n".join(["file_name,text", *rows]), encoding="utf-8-sig")
+        Path("mine/captions.csv").write_text("\n".join(["file_name,text", *rows]),
+                                             encoding="utf-8-sig")
 
 
 @pytest.mark.parametrize("layout", ["txt", "jsonl", "csv"])
 def test_own_pictures_with_each_layout_of_captions(layout, capsys):
     Path("mine/more").mkdir(parents=True)
-    captions = {f"{i}.png": [f"picture  {i}, drawn"] for i in range(5)} | {"more/café.JPG": ["one of two", "二つ目", " "], "x.png": ["broken"]}
+    captions = {f"{i}.png": [f"picture  {i}, drawn"] for i in range(5)} | {
+        "more/café.JPG": ["one of two", "二つ目", " "], "x.png": ["broken"]}
     for i, name in enumerate(captions):
         draw(i, (50, 40)).save(Path("mine", name), "PNG")
     for i in range(7):
@@ -406,19 +443,23 @@ def test_own_pictures_with_each_layout_of_captions(layout, capsys):
     write_captions(layout, captions)
     prepare_data.main(own())
     out = capsys.readouterr().out
-    assert "without a caption: 7 pictures" in out and "without4.png ..." in out and "without5" not in out
+    assert ("without a caption: 7 pictures" in out and "without4.png ..." in out
+            and "without5" not in out)
     assert "can't be read: 1 pictures: x.png (" in out
     cache = read_cache("data/folder")
     assert (cache.meta["train_images"], cache.meta["val_images"]) == (4, 2)
-    assert set(cache.captions) <= {"", "one of two", "二つ目", *(f"picture {i}, drawn" for i in range(5))}
+    assert set(cache.captions) <= {
+        "", "one of two", "二つ目", *(f"picture {i}, drawn" for i in range(5))}
     prepare_data.main(own(out="again"))
     same("data/folder", "again")
     train_names = prepare_data.open_folder(own(val_images=1))[0].names
-    assert set(prepare_data.open_folder(own(val_images=2))[0].names) < set(train_names)       # more held out: still the same ones
+    # more held out: still the same ones
+    assert set(prepare_data.open_folder(own(val_images=2))[0].names) < set(train_names)
 
 
-@pytest.mark.parametrize("lines,message", [('{"file_name": "1.png"}', "KeyError"), ('{"file_name": "1.png", "text": "a"}\n{', "after 1 rows"),
-                                           ('[1]', "TypeError")])
+@pytest.mark.parametrize("lines,message", [
+    ('{"file_name": "1.png"}', "KeyError"),
+    ('{"file_name": "1.png", "text": "a"}\n{', "after 1 rows"), ('[1]', "TypeError")])
 def test_a_table_that_lacks_something_is_named(lines, message):
     Path("mine").mkdir()
     Path("mine/c.jsonl").write_text(lines)
@@ -445,18 +486,19 @@ def test_every_kind_of_picture_becomes_rgb_and_upright():
         file = io.BytesIO()
         Image.fromarray(np.full((4, 4), 257 * value, dtype=np.uint16)).save(file, "PNG")
         assert to_rgb(Image.open(file)).getpixel((1, 1)) == (value,) * 3
-    transparent = io.BytesIO()                                      # a palette with a transparent colour
+    transparent = io.BytesIO()                                      # a palette with transparency
     red.convert("P").save(transparent, "PNG", transparency=red.convert("P").getpixel((0, 0)))
     assert to_rgb(Image.open(transparent)).getpixel((1, 1)) == (255, 255, 255)
     with pytest.raises(ValueError, match="floating-point"):
         to_rgb(Image.new("F", (4, 4)))
-    turned, exif = io.BytesIO(), Image.Exif()                       # orientation 6: to be turned clockwise by a quarter
+    turned, exif = io.BytesIO(), Image.Exif()                       # orientation 6: clockwise by 90
     exif[0x0112] = 6
     half_red = Image.new("RGB", (64, 32))
     half_red.paste((255, 0, 0), (0, 0, 32, 32))                     # the left half comes to the top
     half_red.save(turned, "JPEG", exif=exif, quality=95)
     upright = to_rgb(Image.open(turned))
-    assert upright.size == (32, 64) and upright.getpixel((16, 10))[0] > 240 and upright.getpixel((16, 54))[0] < 15
+    assert (upright.size == (32, 64) and upright.getpixel((16, 10))[0] > 240
+            and upright.getpixel((16, 54))[0] < 15)
 
 
 def test_the_crop_is_central_with_whole_pixels():
@@ -470,7 +512,8 @@ def test_captions_that_are_too_long_are_counted(capsys):
     Path("mine").mkdir()
     for i in range(4):
         draw(i, (40, 40)).save(f"mine/{i}.png")
-    write_captions("txt", {f"{i}.png": ["word " * (200 if i < 3 else 3) + str(i)] for i in range(4)})
+    write_captions("txt", {f"{i}.png": ["word " * (200 if i < 3 else 3) + str(i)]
+                           for i in range(4)})
     prepare_data.main(own())
     assert "3 captions are longer than 77 tokens" in capsys.readouterr().out
     assert read_cache("data/folder").meta["truncated"] == 3

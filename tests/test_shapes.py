@@ -1,4 +1,4 @@
-"""Protects the ruler: the shapes dataset says the same on any machine, and the detector reads its pictures right."""
+"""Protects the ruler: shapes are the same on any machine, and the detector reads them right."""
 import json
 from collections import Counter
 
@@ -24,7 +24,8 @@ def small(**changes):
 
 def pictures_of(config, split, count):
     source = Shapes(config, split)
-    return np.stack([source.load(i) for i in range(count)]), [captions[0] for captions in source.captions[:count]]
+    return (np.stack([source.load(i) for i in range(count)]),
+            [captions[0] for captions in source.captions[:count]])
 
 
 def test_every_caption_is_one_scene_and_grammar_is_right():
@@ -32,8 +33,10 @@ def test_every_caption_is_one_scene_and_grammar_is_right():
     assert (len(one), len(two), len(relations)) == (90, 3060, 1224)
     assert len(scene_of()) == 90 + 3060 + 1224
     assert Scene(((1, "red", "circle"),)).caption == "one red circle"
-    assert Scene(((3, "red", "circle"), (2, "blue", "square"))).caption == "three red circles and two blue squares"
-    assert Scene(((1, "red", "circle"), (1, "blue", "square")), "above").caption == "a red circle above a blue square"
+    assert Scene(((3, "red", "circle"), (2, "blue", "square"))).caption \
+        == "three red circles and two blue squares"
+    assert Scene(((1, "red", "circle"), (1, "blue", "square")), "above").caption \
+        == "a red circle above a blue square"
     assert all(1 <= len(scene.objects) <= 5 for scene in scene_of().values())
 
 
@@ -45,7 +48,8 @@ def test_a_tenth_of_the_combinations_is_unseen_whatever_the_seed():
         source = Shapes(Config(train_images=3000, seed=seed), "train")
         assert not any(scene in unseen_scenes() for scene in source.scenes)
         held_out = Shapes(Config(val_images=50, seed=seed), "val")
-        assert [scene in unseen_scenes() for scene in held_out.scenes] == [i % 2 == 1 for i in range(50)]
+        assert [scene in unseen_scenes() for scene in held_out.scenes] == [
+            i % 2 == 1 for i in range(50)]
 
 
 def test_a_picture_depends_on_seed_split_and_number_alone():
@@ -67,7 +71,8 @@ def test_the_first_pictures_are_these_on_any_machine():
 def test_the_detector_reads_real_and_reconstructed_pictures(size):
     pictures, captions = pictures_of(Config(image_size=size), "val", 300)
     scores = evaluate.score_shapes(pictures, captions)
-    fitted = LinearAutoencoder().fit(to_unit(torch.from_numpy(pictures_of(Config(image_size=size), "train", 500)[0]).permute(0, 3, 1, 2)))
+    fitted = LinearAutoencoder().fit(to_unit(torch.from_numpy(
+        pictures_of(Config(image_size=size), "train", 500)[0]).permute(0, 3, 1, 2)))
     x = to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     moments = fitted.encode(x)
     decoded = to_uint8(fitted.decode(moments.chunk(2, dim=1)[0])).permute(0, 2, 3, 1).numpy()
@@ -87,7 +92,8 @@ def test_each_kind_of_mistake_is_seen():
     rng = np.random.default_rng(0)
     scene = Scene(((2, "red", "circle"), (1, "blue", "square")))
     def judge(groups, relation="", asked=scene):
-        return evaluate.judge_picture(prepare_data.draw_scene(Scene(groups, relation), rng, 32), asked)
+        return evaluate.judge_picture(
+            prepare_data.draw_scene(Scene(groups, relation), rng, 32), asked)
     assert judge(scene.groups) == {"count": True, "colour": True, "shape": True, "everything": True}
     assert not judge(((3, "red", "circle"), (1, "blue", "square")))["count"]
     assert not judge(((2, "green", "circle"), (1, "blue", "square")))["colour"]
@@ -117,10 +123,13 @@ def test_the_cache_has_what_it_says():
     prepare_data.main(small())
     cache = prepare_data.read_cache("data/shapes")
     assert cache.train.moments.shape == (60, 32, 8, 8) and cache.val.moments.shape == (20, 32, 8, 8)
-    assert cache.captions[0] == "" and len(cache.captions) == len(set(cache.captions)) == len(cache.text)
+    assert (cache.captions[0] == ""
+            and len(cache.captions) == len(set(cache.captions)) == len(cache.text))
     assert cache.text.shape[1:] == (16, 64)
-    for split, moments in ((Shapes(small(), "train"), cache.train), (Shapes(small(), "val"), cache.val)):
-        assert [cache.captions[row] for row in moments.pairs[:, 1]] == [captions[0] for captions in split.captions]
+    for split, moments in ((Shapes(small(), "train"), cache.train),
+                           (Shapes(small(), "val"), cache.val)):
+        assert [cache.captions[row] for row in moments.pairs[:, 1]] == [
+            captions[0] for captions in split.captions]
     assert np.load("data/shapes/val_unseen.npy").tolist() == [i % 2 == 1 for i in range(20)]
     mean = torch.from_numpy(cache.train.moments[:]).chunk(2, dim=1)[0]
     assert abs((mean * cache.meta["latent_scale"]).std().item() - prepare_data.LATENT_STD) < 1e-3
@@ -128,10 +137,12 @@ def test_the_cache_has_what_it_says():
 
 def test_preparing_twice_does_nothing_and_other_constants_are_refused(capsys):
     prepare_data.main(small())
-    before = {path.name: path.stat().st_mtime_ns for path in (prepare_data.Path("data/shapes")).iterdir()}
+    before = {path.name: path.stat().st_mtime_ns
+              for path in (prepare_data.Path("data/shapes")).iterdir()}
     prepare_data.main(small())
     assert "nothing to do" in capsys.readouterr().out
-    assert before == {path.name: path.stat().st_mtime_ns for path in (prepare_data.Path("data/shapes")).iterdir()}
+    assert before == {path.name: path.stat().st_mtime_ns
+                      for path in (prepare_data.Path("data/shapes")).iterdir()}
     with pytest.raises(UserError, match="--out="):
         prepare_data.main(small(seed=3))
 
@@ -143,7 +154,7 @@ def test_a_half_written_cache_is_refused_and_then_finished(monkeypatch):
 
     def fail_late(self, i):
         calls[self.key, i] += 1
-        if self.key[1] == 0 and i == 40 and calls[self.key, i] == 2:      # once to fit the autoencoder, then to encode
+        if self.key[1] == 0 and i == 40 and calls[self.key, i] == 2:    # to fit, then to encode
             raise KeyboardInterrupt
         return load(self, i)
     monkeypatch.setattr(Shapes, "load", fail_late)
@@ -155,7 +166,8 @@ def test_a_half_written_cache_is_refused_and_then_finished(monkeypatch):
     prepare_data.main(small(out="half"))
     for name in ("train_moments", "val_moments", "val_images", "text", "train_pairs", "val_pairs"):
         assert (np.load(f"half/{name}.npy") == np.load(f"whole/{name}.npy")).all(), name
-    assert json.loads(open("half/meta.json").read())["latent_scale"] == json.loads(open("whole/meta.json").read())["latent_scale"]
+    assert json.loads(open("half/meta.json").read())["latent_scale"] \
+        == json.loads(open("whole/meta.json").read())["latent_scale"]
 
 
 def test_a_half_written_cache_of_other_constants_is_made_anew(monkeypatch, capsys):
@@ -167,4 +179,5 @@ def test_a_half_written_cache_of_other_constants_is_made_anew(monkeypatch, capsy
     prepare_data.main(small())
     assert "made anew" in capsys.readouterr().out
     mean = prepare_data.read_cache("data/shapes").train.moments[0, :16]
-    assert np.isfinite(mean).all() and Shapes(small(), "train").captions[0][0] in prepare_data.read_cache("data/shapes").captions
+    assert np.isfinite(mean).all() and (Shapes(small(), "train").captions[0][0]
+                                        in prepare_data.read_cache("data/shapes").captions)

@@ -1,4 +1,4 @@
-"""Protects the run: exact resume, the moving average, the same result however the work is divided, and no way to lose it."""
+"""Protects the run: exact resume, the average, any division of the work, no way to lose it."""
 import dataclasses
 import os
 import signal
@@ -15,8 +15,9 @@ from model import UserError, read_checkpoint
 from train import Config
 
 ROOT = Path(train.__file__).parent
-TINY = {"data": "data/tiny", "name": "run", "width": 32, "heads": 2, "n_image": 1, "n_fuse": 1, "n_text": 1, "depth": 5,
-        "batch_size": 8, "steps": 6, "warmup": 2, "precision": "float32", "validation_images": 8, "sample_steps": 2,
+TINY = {"data": "data/tiny", "name": "run", "width": 32, "heads": 2, "n_image": 1, "n_fuse": 1,
+        "n_text": 1, "depth": 5, "batch_size": 8, "steps": 6, "warmup": 2, "precision": "float32",
+        "validation_images": 8, "sample_steps": 2,
         "log_every": 1, "validate_every": 3, "draw_every": 100, "save_every": 100, "score": False}
 
 
@@ -28,7 +29,8 @@ def tiny(**changes) -> Config:
 def caches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("caches")
     prepare_data.main(prepare_data.Config(out=str(folder / "tiny"), train_images=40, val_images=10))
-    prepare_data.main(prepare_data.Config(out=str(folder / "other"), train_images=30, val_images=10, seed=1))
+    prepare_data.main(prepare_data.Config(out=str(folder / "other"), train_images=30, val_images=10,
+                                          seed=1))
     return folder
 
 
@@ -51,7 +53,9 @@ def close(a, b):
 
 # ---- resume ----
 
-@pytest.mark.parametrize("changes", [{}, {"fusion": "early", "conditioning": "cross_attention", "grad_accum": 2, "precision": "bfloat16"}])
+@pytest.mark.parametrize("changes", [
+    {}, {"fusion": "early", "conditioning": "cross_attention", "grad_accum": 2,
+         "precision": "bfloat16"}])
 def test_three_steps_and_three_after_a_resume_are_six_bit_for_bit(changes, monkeypatch):
     train.main(tiny(name="whole", **changes))
     with monkeypatch.context() as context:
@@ -66,7 +70,8 @@ def test_three_steps_and_three_after_a_resume_are_six_bit_for_bit(changes, monke
     for a, b in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values()):
         assert equal(a, b)
     assert parts["best"] == whole["best"]
-    logs = [[line.split(",")[2] for line in Path(f"out/{name}/log.csv").read_text().splitlines()] for name in ("whole", "run")]
+    logs = [[line.split(",")[2] for line in Path(f"out/{name}/log.csv").read_text().splitlines()]
+            for name in ("whole", "run")]
     assert logs[0] == logs[1]                               # the losses, each step once
 
 
@@ -117,12 +122,15 @@ def test_accumulated_batches_equal_one_batch():
 @pytest.mark.parametrize("grad_accum", [1, 2])
 def test_two_processes_equal_one_with_the_same_batch(grad_accum):
     train.main(tiny(name="one", grad_accum=grad_accum))
-    arguments = [f"--{key}={value}" for key, value in (TINY | {"name": "two", "grad_accum": grad_accum}).items()]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *arguments],
+    arguments = [f"--{key}={value}"
+                 for key, value in (TINY | {"name": "two", "grad_accum": grad_accum}).items()]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node=2", ROOT / "train.py", *arguments],
                    check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for kind in ("model", "ema"):
         assert close(weights("one", kind), weights("two", kind))
-    assert read_checkpoint("out/one/last.pt")["best"] == pytest.approx(read_checkpoint("out/two/last.pt")["best"], abs=1e-5)
+    assert read_checkpoint("out/one/last.pt")["best"] == pytest.approx(
+        read_checkpoint("out/two/last.pt")["best"], abs=1e-5)
 
 
 @pytest.mark.parametrize("fusion", ["early", "intermediate"])
@@ -146,7 +154,7 @@ def test_the_moving_average_is_the_formula(monkeypatch):
         seen.append(([p.detach().clone() for p in parameters], weight))
     monkeypatch.setattr(torch, "_foreach_lerp_", watch)
     train.main(tiny(steps=5, ema_decay=0.3))
-    assert not recorded                                     # by autograd, which would keep every step in memory
+    assert not recorded                         # by autograd, which would keep every step in memory
     expected = seen[0]
     for step, (parameters, weight) in enumerate(seen[1:], start=1):
         decay = min(0.3, (1 + step) / (10 + step))
@@ -158,16 +166,18 @@ def test_the_moving_average_is_the_formula(monkeypatch):
 
 
 def batches(**changes):
-    return train.Batches(prepare_data.read_cache("data/tiny"), tiny(**changes), 0, 1, torch.device("cpu"))
+    return train.Batches(prepare_data.read_cache("data/tiny"), tiny(**changes), 0, 1,
+                         torch.device("cpu"))
 
 
 def test_an_epoch_has_every_picture_once_and_epochs_differ_in_order_and_noise():
     data = batches()
-    epochs = [torch.cat([data.choose(step, 8)[0] for step in range(5 * e, 5 * e + 5)]) for e in range(2)]
+    epochs = [torch.cat([data.choose(step, 8)[0] for step in range(5 * e, 5 * e + 5)])
+              for e in range(2)]
     for pictures in epochs:
         assert sorted(pictures.tolist()) == list(range(40))
     assert not torch.equal(*epochs)
-    straddling = torch.cat([data.choose(step, 16)[0] for step in range(5)])      # 80 pictures in 5 steps: two epochs
+    straddling = torch.cat([data.choose(step, 16)[0] for step in range(5)])     # two epochs of 40
     assert sorted(straddling[:40].tolist()) == list(range(40)) == sorted(straddling[40:].tolist())
 
 
@@ -200,8 +210,10 @@ def test_each_picture_is_given_one_of_its_own_captions():
 def test_the_rate_rises_stays_and_falls():
     config = tiny(steps=100, warmup=10, cooldown=0.5, learning_rate=1.0)
     rates = [train.learning_rate(step, config) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9:51] == [1.0] * 42 and rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
-    assert train.learning_rate(99, tiny(steps=100, warmup=0, cooldown=0.0, learning_rate=1.0)) == 1.0
+    assert (rates[0] == pytest.approx(0.1) and rates[9:51] == [1.0] * 42
+            and rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02))
+    assert train.learning_rate(
+        99, tiny(steps=100, warmup=0, cooldown=0.0, learning_rate=1.0)) == 1.0
 
 
 def test_training_lowers_the_held_out_loss_and_best_is_kept():
@@ -288,7 +300,8 @@ def test_a_broken_compiler_costs_the_speed_and_not_the_run(monkeypatch, capsys):
         return fail
     monkeypatch.setattr(torch, "compile", broken)
     train.main(tiny(steps=2, compile="on"))
-    assert "torch.compile failed and is off (RuntimeError: no C compiler)" in capsys.readouterr().out
+    assert ("torch.compile failed and is off (RuntimeError: no C compiler)"
+            in capsys.readouterr().out)
     assert read_checkpoint("out/run/last.pt")["step"] == 2
 
 
@@ -335,9 +348,10 @@ def test_weights_without_a_run_cannot_be_gone_on_with():
         train.main(tiny(resume=True))
 
 
-@pytest.mark.parametrize("changes, words", [({"batch_size": 0}, "batch_size=0"), ({"precision": "half"}, "--precision=half"),
-                                            ({"compile": "yes"}, "--compile=yes"), ({"data": "data/none"}, "prepare_data.py"),
-                                            ({"resume": True}, "no such file"), ({"n_fuse": 2}, "n_fuse=2")])
+@pytest.mark.parametrize("changes, words", [
+    ({"batch_size": 0}, "batch_size=0"), ({"precision": "half"}, "--precision=half"),
+    ({"compile": "yes"}, "--compile=yes"), ({"data": "data/none"}, "prepare_data.py"),
+    ({"resume": True}, "no such file"), ({"n_fuse": 2}, "n_fuse=2")])
 def test_mistakes_are_answered_in_one_sentence(changes, words):
     with pytest.raises(UserError, match=words):
         train.main(tiny(**changes))
@@ -345,7 +359,8 @@ def test_mistakes_are_answered_in_one_sentence(changes, words):
 
 def test_the_whole_house_from_the_command_line():
     def call(script, *arguments):
-        done = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True,
+                              text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
     Path("data").unlink()
@@ -354,13 +369,16 @@ def test_the_whole_house_from_the_command_line():
     printed = call("train.py", *[f"--{key}={value}" for key, value in options.items()])
     assert "python sample.py --checkpoint=out/house/last.pt" in printed
     assert Path("out/house/samples/step_000006.png").exists()
-    call("sample.py", "--checkpoint=out/house/last.pt", "--prompt=one red circle", "--n=2", "--steps=2", "--gif=True")
+    call("sample.py", "--checkpoint=out/house/last.pt", "--prompt=one red circle", "--n=2",
+         "--steps=2", "--gif=True")
     assert sorted(path.name for path in Path("out/house/generated/0001").iterdir()) == \
         ["00000.png", "00001.png", "captions.txt", "denoising.gif", "grid.png"]
-    printed = call("evaluate.py", "--checkpoint=out/house/last.pt", "--data=data/tiny", "--n=10", "--steps=2")
+    printed = call("evaluate.py", "--checkpoint=out/house/last.pt", "--data=data/tiny", "--n=10",
+                   "--steps=2")
     assert "| real pictures (ceiling) |" in printed and Path("out/house/eval.json").exists()
 
 
 def test_every_constant_reaches_the_checkpoint():
     train.main(tiny(steps=1, p_uncond=0.25))
-    assert Config(**read_checkpoint("out/run/last.pt")["config"]) == dataclasses.replace(tiny(steps=1, p_uncond=0.25), name="run")
+    assert Config(**read_checkpoint("out/run/last.pt")["config"]) \
+        == dataclasses.replace(tiny(steps=1, p_uncond=0.25), name="run")

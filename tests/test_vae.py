@@ -1,4 +1,4 @@
-"""Protects the way between image and latent: equality with diffusers, key layouts, float32, closed forms."""
+"""Protects the way from image to latent: diffusers' numbers, key layouts, float32, closed forms."""
 import hashlib
 import re
 
@@ -17,7 +17,7 @@ TINY = dict(channels=32, multipliers=(1, 2, 4, 4), blocks=1)
 
 
 def randomise(module, seed=0):
-    """Random values for all parameters: an initialisation has zeros and ones, and these hide errors."""
+    """All parameters at random: an initialisation has zeros and ones, and these hide errors."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -35,7 +35,8 @@ def diffusers_autoencoder(channels, multipliers, blocks):
 def old_names(state):
     """diffusers' names of 2022."""
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    return {re.sub("|".join(names), lambda match: names[match[0]], key): state[key] for key in state}
+    return {re.sub("|".join(names), lambda match: names[match[0]], key): state[key]
+            for key in state}
 
 
 def error(a, b):
@@ -59,8 +60,9 @@ def reference():
 
 @pytest.fixture(scope="module")
 def compvis():
-    """A state dict with CompVis's names, and diffusers' model with its weights, converted by diffusers."""
-    state, model = randomise(vae.KLAutoencoder(**TINY), seed=2).state_dict(), diffusers_autoencoder(**TINY)
+    """A state dict with CompVis's names, and diffusers' model with it, converted by diffusers."""
+    state, model = (randomise(vae.KLAutoencoder(**TINY), seed=2).state_dict(),
+                    diffusers_autoencoder(**TINY))
     model.load_state_dict(convert_ldm_vae_checkpoint(dict(state), model.config))
     return state, model
 
@@ -85,7 +87,8 @@ def test_the_real_size_equals_diffusers_in_both_of_its_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["vae.safetensors", "vae.bin", "vae.pth", "vae.ckpt"])
 @pytest.mark.parametrize("rename", [dict, old_names])
-def test_new_and_old_diffusers_names_load_from_every_kind_of_file(reference, tmp_path, rename, name):
+def test_new_and_old_diffusers_names_load_from_every_kind_of_file(
+        reference, tmp_path, rename, name):
     state = rename(reference.state_dict())
     (save_file if name.endswith("safetensors") else torch.save)(state, tmp_path / name)
     assert_equal_to(reference, vae.load_vae(tmp_path / name))
@@ -94,7 +97,8 @@ def test_new_and_old_diffusers_names_load_from_every_kind_of_file(reference, tmp
 def test_attention_weights_may_have_two_three_or_four_dimensions(reference, tmp_path):
     for extra in ((1,), (1, 1)):
         state = reference.state_dict()
-        matrices = {key: state[key] for key in state if "attentions.0.to_" in key and state[key].ndim == 2}
+        matrices = {key: state[key] for key in state
+                    if "attentions.0.to_" in key and state[key].ndim == 2}
         assert len(matrices) == 8
         state |= {key: value.reshape(value.shape + extra) for key, value in matrices.items()}
         torch.save(state, tmp_path / "vae.pth")
@@ -106,9 +110,11 @@ def test_attention_weights_may_have_two_three_or_four_dimensions(reference, tmp_
     lambda state: {"epoch": 3, "state_dict": state | {
         "loss.logvar": torch.zeros(()), "loss.discriminator.main.0.bias": torch.zeros(3)}},
     lambda state: {"state_dict": {f"first_stage_model.{key}": state[key] for key in state} | {
-        "first_stage_model.loss.logvar": torch.zeros(()), "model.diffusion_model.out.2.bias": torch.zeros(4),
+        "first_stage_model.loss.logvar": torch.zeros(()),
+        "model.diffusion_model.out.2.bias": torch.zeros(4),
         "cond_stage_model.transformer.text_model.final_layer_norm.bias": torch.zeros(8)}},
-    lambda state: {f"vae.{key}": state[key] for key in state} | {"unet.conv_in.bias": torch.zeros(4)},
+    lambda state: {f"vae.{key}": state[key] for key in state} | {
+        "unet.conv_in.bias": torch.zeros(4)},
 ], ids=["bare", "state_dict_with_loss", "stable_diffusion", "vae_prefix"])
 def test_compvis_names_load_bare_wrapped_and_from_a_whole_stable_diffusion(compvis, tmp_path, wrap):
     state, reference = compvis
@@ -117,7 +123,8 @@ def test_compvis_names_load_bare_wrapped_and_from_a_whole_stable_diffusion(compv
 
 
 def test_a_loaded_autoencoder_is_float32_frozen_and_in_evaluation_mode(reference, tmp_path):
-    torch.save({key: value.half() for key, value in reference.state_dict().items()}, tmp_path / "vae.pth")
+    torch.save({key: value.half() for key, value in reference.state_dict().items()},
+               tmp_path / "vae.pth")
     ours = vae.load_vae(tmp_path / "vae.pth")
     for parameter in ours.parameters():
         assert parameter.dtype == torch.float32 and not parameter.requires_grad
@@ -133,7 +140,8 @@ def test_the_architecture_is_read_off_the_weights(tmp_path):
 def test_all_group_norms_have_the_eps_of_diffusers(reference, tiny):
     """With weights of ordinary size the difference from torch's 1e-5 would drown in rounding."""
     for model in (reference, tiny):
-        assert {module.eps for module in model.modules() if isinstance(module, nn.GroupNorm)} == {1e-6}
+        assert {module.eps for module in model.modules()
+                if isinstance(module, nn.GroupNorm)} == {1e-6}
 
 
 def test_padding_all_around_would_give_other_moments(compvis):
@@ -168,8 +176,9 @@ def test_autocast_changes_no_bit(tiny, kind):
     z = moments.chunk(2, dim=1)[0]
     image = autoencoder.decode(z)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16         # it is on
-        assert torch.equal(autoencoder.encode(x), moments) and torch.equal(autoencoder.decode(z), image)
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16     # it is on
+        assert (torch.equal(autoencoder.encode(x), moments)
+                and torch.equal(autoencoder.decode(z), image))
     assert torch.equal(autoencoder.decode(z.bfloat16()), autoencoder.decode(z.bfloat16().float()))
     assert moments.dtype == image.dtype == torch.float32
 
@@ -195,7 +204,8 @@ def test_nan_and_infinity_are_refused_and_say_whether_they_were_in_the_input(tin
     with pytest.raises(FloatingPointError, match="decode has NaN or infinity; so has its input"):
         tiny.decode(torch.stack([torch.zeros(4, 2, 2), torch.full((4, 2, 2), float("inf"))]))
     tiny.encoder.conv_in.bias[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="encode has NaN or infinity; .* its weights are bad"):
+    with pytest.raises(FloatingPointError,
+                       match="encode has NaN or infinity; .* its weights are bad"):
         tiny.encode(torch.zeros(1, 3, 16, 16))
 
 
@@ -253,17 +263,19 @@ def test_another_network_is_refused_with_what_was_expected(compvis, tmp_path):
     assert "missing quant_conv.weight" in refusal(whole_but_one)
     attention = "encoder.down.2.attn.0.q.bias"                          # attention at every level
     assert f"unexpected {attention}" in refusal(state | {attention: torch.zeros(64)})
-    wide = refusal(state | {"decoder.conv_in.weight": torch.zeros(128, 16, 3, 3)})      # 16 latent channels
+    wide = refusal(state | {"decoder.conv_in.weight": torch.zeros(128, 16, 3, 3)})  # 16 channels
     assert "decoder.conv_in.weight is (128, 16, 3, 3), expected (128, 4, 3, 3)" in wide
 
 
 def test_a_description_loads_its_own_autoencoder_and_no_other(compvis, tmp_path):
     state, reference = compvis
-    with pytest.raises(UserError, match=r"kl.pth is missing.* fetch kl.pth \(SHA-256 abc\) and put it into"):
+    with pytest.raises(UserError, match=r"kl.pth is missing.* fetch kl.pth \(SHA-256 abc\) "
+                                        "and put it into"):
         vae.load_autoencoder({"kind": "kl", "file": "kl.pth", "sha256": "abc"}, None, tmp_path)
     torch.save(state, tmp_path / "kl.pth")
     digest = hashlib.sha256((tmp_path / "kl.pth").read_bytes()).hexdigest()
-    for description in ({"kind": "kl", "file": "kl.pth"}, {"kind": "kl", "file": "kl.pth", "sha256": digest}):
+    for description in ({"kind": "kl", "file": "kl.pth"},
+                        {"kind": "kl", "file": "kl.pth", "sha256": digest}):
         assert_equal_to(reference, vae.load_autoencoder(description, None, tmp_path))
     with pytest.raises(UserError, match=f"has SHA-256 {digest}, but .* of SHA-256 abc: .* anew"):
         vae.load_autoencoder({"kind": "kl", "file": "kl.pth", "sha256": "abc"}, None, tmp_path)
@@ -309,10 +321,12 @@ def test_components_are_orthogonal_uncorrelated_and_half_whitened(pictures):
     lengths = linear.components @ linear.components.T
     torch.testing.assert_close(lengths, (eigenvalues ** -0.5).diag().float(), atol=1e-4, rtol=0)
     moments = linear.encode(pictures)
-    assert moments.shape == (20, 32, 8, 6) and linear.decode(moments[:, :16]).shape == (20, 3, 32, 24)
+    assert (moments.shape == (20, 32, 8, 6)
+            and linear.decode(moments[:, :16]).shape == (20, 3, 32, 24))
     covariance = moments[:, :16].transpose(0, 1).flatten(1).double().cov()
     variances = covariance.diagonal()
-    torch.testing.assert_close(variances, eigenvalues.sqrt(), rtol=1e-4, atol=0)         # not the eigenvalues: half whitened
+    torch.testing.assert_close(variances, eigenvalues.sqrt(),           # half whitened: the roots
+                               rtol=1e-4, atol=0)
     assert (variances.diff() < 0).all()
     torch.testing.assert_close(covariance, variances.diag(), atol=1e-5, rtol=0)
 
@@ -321,7 +335,8 @@ def test_the_error_is_the_sum_of_the_discarded_eigenvalues(pictures):
     linear = vae.LinearAutoencoder().fit(pictures)
     patches = linear.cut(pictures).flatten(0, 2).numpy().astype(np.float64)
     discarded = np.linalg.eigvalsh(np.cov(patches.T, bias=True))[:-16].sum()
-    squared = (linear.cut(reconstruct(linear, pictures) - pictures) ** 2).sum(-1).double().mean().item()
+    squared = ((linear.cut(reconstruct(linear, pictures) - pictures) ** 2).sum(-1)
+               .double().mean().item())
     assert squared == pytest.approx(discarded, rel=1e-5)
 
 
@@ -330,9 +345,10 @@ def test_encoding_and_decoding_is_a_projection(pictures):
     once = reconstruct(linear, pictures)
     assert (once - pictures).abs().max() > 0.05
     torch.testing.assert_close(reconstruct(linear, once), once, atol=1e-5, rtol=0)
-    z = torch.randn(2, 16, 5, 7)                                        # whatever lies in the span comes back
+    z = torch.randn(2, 16, 5, 7)                            # whatever lies in the span comes back
     torch.testing.assert_close(linear.encode(linear.decode(z))[:, :16], z, atol=1e-5, rtol=0)
-    torch.testing.assert_close(reconstruct(linear, linear.decode(z)), linear.decode(z), atol=1e-5, rtol=0)
+    torch.testing.assert_close(reconstruct(linear, linear.decode(z)), linear.decode(z),
+                               atol=1e-5, rtol=0)
 
 
 def test_the_linear_latent_has_no_noise_to_sample(pictures):
@@ -342,7 +358,8 @@ def test_the_linear_latent_has_no_noise_to_sample(pictures):
 
 
 def test_fitting_twice_gives_the_same_signs(pictures):
-    first, second = vae.LinearAutoencoder().fit(pictures), vae.LinearAutoencoder().fit(pictures.flip(0))
+    first, second = (vae.LinearAutoencoder().fit(pictures),
+                     vae.LinearAutoencoder().fit(pictures.flip(0)))
     torch.testing.assert_close(first.components, second.components, atol=1e-5, rtol=0)
     assert (first.components.gather(1, first.components.abs().argmax(1, keepdim=True)) > 0).all()
 
