@@ -656,8 +656,8 @@ def warn_about_fid(n: int) -> list[str]:
             + [f"FID from {n:,} pictures {other}"] * (n < 30_000))
 
 
-def score_pictures(paths: list[Path], captions: list[str], facts: dict, protocol: dict, scorer,
-                   cache: Cache) -> dict:
+def score_pictures(folder: Path, paths: list[Path], captions: list[str], facts: dict,
+                   protocol: dict, scorer, cache: Cache) -> dict:
     """Score a folder and leave eval.json there: facts about the model, scores, bounds, protocol."""
     if not paths:
         raise UserError("There are no captions, and so no pictures to score.")
@@ -671,7 +671,7 @@ def score_pictures(paths: list[Path], captions: list[str], facts: dict, protocol
                 **scorer.protocol, "versions": versions}
     result = {**facts, "scores": scores, "bounds": scorer.bounds, "warnings": warnings,
               "protocol": protocol}
-    write_json(paths[0].parent / "eval.json", result)
+    write_json(folder / "eval.json", result)
     return result
 
 
@@ -679,8 +679,8 @@ def evaluate_checkpoint(path: str, scales: list[float], captions: list[str], sco
                         config: Config) -> list[dict]:
     """Draw and score, with a result for each scale; the last eval.json is also the checkpoint's."""
     pipeline = Pipeline(path, config.raw, config.weights)
-    trained, asked = [f"{meta['dataset']} at {meta['image_size']} pixels"
-                      for meta in (pipeline.meta, cache.meta)]
+    trained, asked = [f"{meta['autoencoder']['kind']} latents of {meta['dataset']} at "
+                      f"{meta['image_size']} pixels" for meta in (pipeline.meta, cache.meta)]
     if trained != asked:
         raise UserError(f"{path} was trained on {trained}, but --data={config.data} holds {asked}: "
                         "name a cache like its own.")
@@ -711,7 +711,7 @@ def evaluate_checkpoint(path: str, scales: list[float], captions: list[str], sco
             "latent_scale": pipeline.latent_scale, "autoencoder": pipeline.meta["autoencoder"],
             "text_tower": pipeline.meta["text_tower"]}
         paths = [folder / f"{i:05d}.png" for i in range(len(captions))]
-        results.append(score_pictures(paths, captions, facts, protocol, scorer, cache))
+        results.append(score_pictures(folder, paths, captions, facts, protocol, scorer, cache))
         write_json(Path(path).parent / "eval.json", results[-1])
     return results
 
@@ -806,6 +806,9 @@ def main(config: Config):
         raise UserError(f"guidance scales {scales}, steps={config.steps}, "
                         f"batch_size={config.batch_size}: "
                         "expected numbers, and 1 or more of the last two.")
+    if config.folder and config.sweep:
+        raise UserError("--sweep draws pictures, and --folder scores those that are there: "
+                        "leave one out.")
     cache = read_cache(config.data)
     rows, captions = choose_prompts(cache, config)
     Scorer = ShapesScorer if cache.meta["dataset"] == "shapes" else RealScorer
@@ -814,7 +817,8 @@ def main(config: Config):
         paths, captions = read_pictures(Path(config.folder))
         n = config.n or len(paths)
         facts, protocol = {"name": config.folder}, {"captions": "those of its captions.txt"}
-        results = [score_pictures(paths[:n], captions[:n], facts, protocol, scorer, cache)]
+        results = [score_pictures(Path(config.folder), paths[:n], captions[:n], facts, protocol,
+                                  scorer, cache)]
     else:
         results = [result for path in config.checkpoint.split(",") for result in
                    evaluate_checkpoint(path.strip(), scales, captions, scorer, cache, config)]

@@ -295,9 +295,10 @@ class UViT(nn.Module):
         self.decoder_pred = nn.Linear(D, P * P * C)
         self.final_layer = nn.Conv2d(C, C, kernel_size=3, padding=1)
 
+        # [U-ViT]: 0.02 everywhere, at width 512; convolutions keep torch's own initialisation
         nn.init.trunc_normal_(self.pos_embed, std=0.02, a=-2, b=2)
-        for module in self.modules():               # [U-ViT]: 0.02, at width 512; convolutions keep
-            if isinstance(module, nn.Linear):       # torch's own initialisation
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=init_std, a=-2, b=2)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -325,8 +326,10 @@ class UViT(nn.Module):
         return [self.stack[i].keys_values(text) for i in self.config.window]
 
     def denoise(self, zt: torch.Tensor, t: torch.Tensor, text) -> torch.Tensor:
-        """The half that runs at each step: zt (B, C, H, W), t (B,) in 1..1000 and the text of
-        `encode_text` -> predicted noise (B, C, H, W)."""
+        """The half that runs at each step, with the text of `encode_text`.
+
+        zt (B, C, H, W), t (B,) in 1..1000, text -> predicted noise (B, C, H, W).
+        """
         window, concat = self.config.window, self.config.conditioning == "concat"
         keys_values = {} if concat else dict(zip(window, text))         # block -> text's (k, v)
         time_pos, _, image_pos = self.positions()

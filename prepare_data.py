@@ -24,8 +24,8 @@ where it stopped.
 
 The shapes: one to five circles, squares and triangles in six colours, captioned by number ("three
 red circles and two blue squares") or by place ("a red circle to the left of a blue square"). A
-fixed tenth of the combinations never occurs in training, so that evaluate.py, which reads a
-caption back into its scene, can score unseen ones apart.
+fixed tenth of the single groups never occurs in training, alone or in a pair, nor does a tenth of
+the relations, so that evaluate.py, which reads a caption back, can score unseen ones apart.
 
 Five parts: 1 shapes, 2 public files, 3 COCO and your own pictures, 4 the cache, 5 preparing.
 """
@@ -97,6 +97,8 @@ def complete(config: Config) -> Config:
         config = replace(config, context_len=16 if short else CONTEXT_LEN)
     if config.image_size % 32 or config.image_size < 32:
         raise UserError(f"--image_size={config.image_size}: expected a multiple of 32.")
+    if config.seed < 0:
+        raise UserError(f"--seed={config.seed}: expected 0 or more.")
     if config.context_len < 2 or min(config.train_images, config.val_images) < 0:
         raise UserError(f"context_len={config.context_len}, train_images={config.train_images}, "
                         f"val_images={config.val_images}: expected 2 or more tokens, and no "
@@ -626,8 +628,8 @@ def plan(config: Config, folder: Path, train, val, captions: list[str], moments:
     """The arrays to be filled, name -> (shape, dtype); raises UserError if there is no room.
 
     Text features are large, for COCO 444,000 of 77 x 768 numbers, 53 GB. The other way, the text
-    tower in the training loop, costs 14% more work in each of a million steps, and a second kind of
-    data there. The price is reading 256 rows of 118 kB a step, in the background. Measured with one
+    tower in the training loop, costs 14% more work in each of a million steps, and another kind of
+    batch. The price is reading 256 rows of 118 kB a step, in the background. Measured with one
     thread: 450 rows/s from a disk of 600 MB/s, 3,900 from memory; take an SSD, or 64 GB of memory.
     """
     S, M, N, R = config.image_size, len(val.names), len(train.names), len(captions)
@@ -681,8 +683,8 @@ def prepare(config: Config, made_with: dict, folder: Path):
     contents = repr([(list(source.names), source.captions) for source in (train, val)])
     contents = hashlib.sha256(contents.encode()).hexdigest()
 
-    # the frozen networks; the stand-ins stay on the CPU: the same bits whatever the machine
-    about, about_text = networks = [describe_network(config, flag) for flag in PUBLIC]
+    # the frozen networks; the stand-ins stay on the CPU, so that a GPU makes no difference
+    networks = about, about_text = [describe_network(config, flag) for flag in PUBLIC]
     progress = Progress(folder, {"config": made_with, "networks": networks, "contents": contents})
     linear, random = about["kind"] == "linear", about_text["kind"] == "random"
     device, text_device = [torch.device("cpu") if stand_in else choose_device()

@@ -7,7 +7,7 @@
 
 Edit a constant below and run again, or override it with --key=value. One step, as in `main`:
 
-    rate -> batch -> loss -> backward -> clip -> step -> EMA -> log -> validate -> save, draw
+    batch -> rate -> loss -> backward -> clip -> step -> EMA -> log -> validate -> save, draw
 
     z0 = scale * sample(moments)
     zt = sqrt(alpha_bar[t]) z0 + sqrt(1 - alpha_bar[t]) eps
@@ -27,6 +27,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import itertools
 import math
 import os
 import shlex
@@ -64,7 +65,7 @@ class Config:
     fusion: str = "intermediate"    # or early
     conditioning: str = "concat"    # or cross_attention
     depth: int = 9                  # early only
-    n_image: int = 2                # the other four: intermediate only
+    n_image: int = 2                # this and the next three: intermediate only
     n_fuse: int = 3
     n_text: int = 2
     fuse_shift: int = 0
@@ -80,7 +81,7 @@ class Config:
     cooldown: float = 1.0           # last share of the steps, with a falling rate; U-ViT: 0
     beta: float = 0.9               # both of AdamW's [U-ViT]
     weight_decay: float = 0.03      # of every parameter [U-ViT]
-    grad_clip: float = 1.0          # U-ViT: none
+    grad_clip: float = 1.0          # largest norm of a gradient; 0 = any, as in U-ViT
     t_power: float = 0.4            # t = 1000 u^t_power, u uniform; < 1: more noise; U-ViT: 1
     p_uncond: float = 0.1           # share of the pairs trained without text [CFG]
     ema_decay: float = 0.999        # U-ViT: 0.9999
@@ -133,9 +134,15 @@ def images_at_peak(uvit: UViTConfig, world: int, device: torch.device) -> float 
 def check(config: Config, world: int):
     """Refuse impossible constants before anything is read or written."""
     for key in ("steps", "batch_size", "grad_accum", "log_every", "validate_every", "draw_every",
-                "save_every", "validation_images"):
+                "save_every", "validation_images", "sample_steps"):
         if getattr(config, key) < 1:
             raise UserError(f"{key}={getattr(config, key)}: expected 1 or more.")
+    for key in ("seed", "warmup", "cooldown", "grad_clip", "learning_rate"):
+        if getattr(config, key) < 0:
+            raise UserError(f"{key}={getattr(config, key)}: expected 0 or more.")
+    if Path(config.name).is_absolute() or ".." in Path(config.name).parts or not config.name:
+        raise UserError(f"--name={config.name}: expected a folder below out/, such as shapes.")
+    describe_uvit(config, image_size=config.patch_size, channels=1, context_len=1, context_dim=1)
     if config.batch_size % world:
         raise UserError(f"batch_size={config.batch_size}: expected a multiple of the {world} "
                         f"processes that share it.")
@@ -204,8 +211,8 @@ class Batches:
         pictures, text_rows = self.choose(step, size)
         generator = seeded(config.seed, 2, step, device=device)
         _, twice_channels, H, W = self.moments.shape                # mean and log variance
-        latents = (2, size, twice_channels // 2, H, W)
-        noise, eps = torch.randn(latents, generator=generator, device=device)
+        shape = (2, size, twice_channels // 2, H, W)
+        noise, eps = torch.randn(shape, generator=generator, device=device)
         u = torch.rand(size, generator=generator, device=device)
         t = (1000 * u ** config.t_power).ceil().clamp(1, 1000).long()
         batches, share = [], config.batch_size // self.world
@@ -248,8 +255,8 @@ class HeldOut:
         self.count = count = len(pairs)
         generator = torch.Generator().manual_seed(0)
         moments = torch.from_numpy(cache.val.moments[pairs[:, 0].numpy()])
-        latents = (2, count, *cache.meta["latent_shape"])
-        noise, eps = torch.randn(latents, generator=generator)      # (count, C, H, W) each
+        shape = (2, count, *cache.meta["latent_shape"])
+        noise, eps = torch.randn(shape, generator=generator)      # (count, C, H, W) each
         z0 = cache.meta["latent_scale"] * sample_latent(moments, noise)
         t = torch.linspace(1, 1000, count).long()[torch.randperm(count, generator=generator)]
         context = torch.from_numpy(cache.text[pairs[:, 1].numpy()]).float()
@@ -270,7 +277,8 @@ class Progress:
     def __init__(self, config: Config, folder: Path, checkpoint: dict, data: Batches, peak, say):
         self.config, self.folder, self.peak, self.say = config, folder, peak, say
         self.world, self.size = data.world, config.batch_size * config.grad_accum
-        self.losses, self.streak = [torch.zeros((), device=data.device) for _ in range(2)]
+        self.losses = torch.zeros(2, device=data.device)        # their sum and number
+        self.streak = torch.zeros((), device=data.device)       # of steps that were not finite
         self.skipped = torch.tensor(checkpoint["skipped"], device=data.device)
         self.best, self.rises = checkpoint["best"], checkpoint["rises"]
         self.step, self.time = checkpoint["step"], time.perf_counter()  # of the last report
@@ -280,6 +288,11 @@ class Progress:
         """What a checkpoint keeps of it."""
         return {"best": self.best, "rises": self.rises,
                 "seconds": time.perf_counter() - self.began, "skipped": int(self.skipped)}
+
+    def add(self, loss: torch.Tensor):
+        """The loss of one more batch; the mean is over those that are finite."""
+        finite = loss.isfinite()
+        self.losses += torch.stack([torch.where(finite, loss, 0), finite.float()])
 
     def count(self, grad_norm: torch.Tensor):
         """One more step. It was left out if its gradient is not finite."""
@@ -291,10 +304,11 @@ class Progress:
         """The line of log.csv, printed too; loss and speed are means since the one before."""
         if self.world > 1:
             dist.all_reduce(self.losses)
-        done, loss = step - self.step, self.losses.item()               # waits for the device
+        total, number = self.losses.tolist()                            # waits for the device
         now = time.perf_counter()
-        speed, skipped = done * self.size / (now - self.time), int(self.skipped)
-        line = {"step": step, "seconds": now - self.began, "loss": loss / done / self.world,
+        speed = (step - self.step) * self.size / (now - self.time)
+        skipped, loss = int(self.skipped), total / number if number else math.nan
+        line = {"step": step, "seconds": now - self.began, "loss": loss,
                 "learning_rate": rate, "grad_norm": grad_norm.item(),
                 "images_per_second": speed, "skipped": skipped}
         self.losses.zero_()
@@ -370,7 +384,10 @@ class Drawer:
         latents = [sample_latents(net, self.context, rows, self.null_context, rows.tolist(),
                                   self.config.sample_steps, self.config.guidance_scale)
                    for net in nets]
-        pictures = to_uint8(self.autoencoder.decode(torch.cat(latents) / self.scale)).cpu()
+        try:
+            pictures = to_uint8(self.autoencoder.decode(torch.cat(latents) / self.scale)).cpu()
+        except FloatingPointError as error:                     # must not cost the run
+            return print(f"{path} is not drawn: {error}")
         captions = [f"{kind}: {caption}" for kind in ("raw", "EMA") for caption in self.captions]
         path.parent.mkdir(exist_ok=True)
         draw_grid(pictures, captions, columns=len(self.captions)).save(path)
@@ -398,19 +415,26 @@ def command_line(config: Config, **changes) -> str:
     config = dataclasses.replace(config, **changes)
     differs = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
                if getattr(config, field.name) != field.default}
-    return shlex.join(["python", "train.py", *(f"--{key}={x}" for key, x in differs.items())])
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={n}"] if n > 1 else ["python"]
+    return shlex.join([*launcher, "train.py", *(f"--{key}={x}" for key, x in differs.items())])
 
 
-def open_new(config: Config, world: int) -> tuple[Path, dict]:
-    """The folder of a new run (out/NAME, out/NAME-2, ...: the first that holds none) and the counts
-    in its checkpoint before the first step."""
-    number, folder = 1, Path("out") / config.name
-    while (folder / "last.pt").exists():
-        number, folder = number + 1, Path("out") / f"{config.name}-{number + 1}"
-    folders = [folder]
+def open_new(config: Config, rank: int, world: int) -> tuple[Path, dict]:
+    """A folder of its own for a new run, and what its checkpoint counts before the first step.
+
+    The folder is the first of out/NAME, out/NAME-2, ... that is not there yet.
+    """
+    folders = [None]
+    for number in itertools.count(1) if rank == 0 else ():
+        folders = [Path("out") / (config.name if number == 1 else f"{config.name}-{number}")]
+        try:
+            folders[0].mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
     if world > 1:
-        dist.broadcast_object_list(folders)                         # rank 0 decides
-    folders[0].mkdir(parents=True, exist_ok=True)
+        dist.broadcast_object_list(folders)
     return folders[0], {"step": 0, "best": math.inf, "rises": 0, "seconds": 0.0, "skipped": 0}
 
 
@@ -426,13 +450,13 @@ def open_old(config: Config, uvit: UViTConfig, meta: dict, say) -> tuple[Path, d
         side = "architecture" if checkpoint["uvit"] != uvit else "data cache"
         raise UserError(f"{path} was trained with another {side} than this command's; its own "
                         f"command is: {command_line(Config(**before), resume=True)}")
+    if step >= config.steps:
+        raise UserError(f"{path} is at step {step:,} already: raise --steps={config.steps} "
+                        f"to go on.")
     changed = ", ".join(f"{key} {before[key]} -> {value}" for key, value in vars(config).items()
                         if before[key] != value and key != "resume")
     also = f" with other constants than before: {changed}" if changed else ""
     say(f"going on from step {step:,}{also}")
-    if step >= config.steps:
-        raise UserError(f"{path} is at step {step:,} already: raise --steps={config.steps} "
-                        f"to go on.")
     return path.parent, checkpoint
 
 
@@ -449,22 +473,28 @@ def save_checkpoint(path: Path, checkpoint: dict):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:    # torch's writer hides a full disk in the latter
+        advice = ("what was there before is whole. Make room, then --resume=True."
+                  if path.exists() else "make room, and run it again.")
+        raise UserError(f"{path} could not be written ({error}): is the disk full? If so, "
+                        f"{advice}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); what was there before is whole. "
-                        f"Make room, then --resume=True.") from None
 
 
 @contextmanager
 def stop_gently(config: Config, folder: Path, world: int):
     """Gives a list that the first Ctrl-C or SIGTERM fills; the second ends the run at once.
-    Running out of memory is answered with the command that needs less."""
+
+    Running out of memory is answered with the command that needs less.
+    """
     asked = []
 
     def ask(number, _):
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
+        print("Stopping after this step, to save it; once more ends the run at once.")
     handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
@@ -543,7 +573,9 @@ def start_network(config: Config, uvit: UViTConfig, checkpoint: dict, precision,
         net.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if half:
+        for group in optimizer.param_groups:                    # they may have been changed since
+            group.update(betas=(config.beta,) * 2, weight_decay=config.weight_decay)
+        if half and checkpoint["scaler"]["scale"] > 1:          # else it was not of float16
             scaler.load_state_dict(checkpoint["scaler"])
     return net, ema, optimizer, scaler
 
@@ -557,10 +589,12 @@ def finish(config: Config, folder: Path, step: int, cache: prepare_data.Cache, d
     path, w = folder / "last.pt", config.guidance_scale
     if config.score and cache.meta["dataset"] == "shapes":
         evaluate.main(evaluate.Config(checkpoint=str(path), data=config.data, guidance_scale=w,
-                                      steps=config.sample_steps))
-    prompt = shlex.quote(f"--prompt={cache.captions[cache.val.pairs[0, 1]]}")
+                                      steps=config.sample_steps, weights=config.weights))
+    arguments = [f"--checkpoint={path}", f"--prompt={cache.captions[cache.val.pairs[0, 1]]}"]
+    if config.weights != Config.weights:
+        arguments.append(f"--weights={config.weights}")
     print(f"Look at {folder / 'samples'}; then draw with:\n"
-          f"  python sample.py --checkpoint={path} {prompt}")
+          f"  {shlex.join(['python', 'sample.py', *arguments])}")
 
 
 def main(config: Config):
@@ -573,7 +607,7 @@ def main(config: Config):
     if config.resume:
         folder, checkpoint = open_old(config, uvit, cache.meta, say)
     else:
-        folder, checkpoint = open_new(config, world)
+        folder, checkpoint = open_new(config, rank, world)
         config = dataclasses.replace(config, name=str(folder.relative_to("out")))
     start = checkpoint["step"]
 
@@ -593,7 +627,8 @@ def main(config: Config):
         if rank == 0:
             log, drawer = Log(folder, config, start), Drawer(cache, config, device)
         peak = images_at_peak(uvit, world, device)
-        step, progress = start, Progress(config, folder, checkpoint, data, peak, say)
+        progress = Progress(config, folder, checkpoint, data, peak, say)
+        step = start                                                # `save` reads it
         del checkpoint                                              # its weights were copied
 
         def save(name):
@@ -614,11 +649,12 @@ def main(config: Config):
                 group["lr"] = rate
             for i, batch in enumerate(batches):
                 with wrapped.no_sync() if world > 1 and i < len(batches) - 1 else nullcontext():
-                    loss = compute_loss(wrapped, alpha_bar, precision, *batch) / len(batches)
-                    scaler.scale(loss).backward()
-                    progress.losses += loss.detach().nan_to_num(0, 0, 0)
+                    loss = compute_loss(wrapped, alpha_bar, precision, *batch)
+                    scaler.scale(loss / len(batches)).backward()
+                    progress.add(loss.detach())
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(),
+                                                       config.grad_clip or math.inf)
             scaler.step(optimizer)                              # not if a gradient is infinite
             scaler.update(None if precision == torch.float16 else 1.0)
             optimizer.zero_grad()

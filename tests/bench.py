@@ -5,11 +5,11 @@
     python tests/bench.py --size=S --json=bench.json
 
 For each model: parameters, multiply-adds per image, the median time of a training step as train.py
-computes it, images/s, the share of what this machine's own large matrix product reaches in the same
-precision, peak memory, images/s of sampling with guidance; ratios to early/concat. Then the parts
-of a step (data, forward, backward, optimiser, moving average) and of sampling (the text path, which
-runs once, and one step of the solver). Each part is waited for, so that on a GPU they add up to
-more than a step.
+computes it (but for the loss scaler), images/s, the share of what this machine's own large matrix
+product reaches in the same precision, peak memory beyond weights, average and optimiser, images/s
+of sampling with guidance; ratios to early/concat. Then the parts of a step (data, forward,
+backward, optimiser, moving average) and of sampling (the text path, which runs once, and one step
+of the solver). Each part is waited for, so that on a GPU they add up to more than a step.
 
 Two baselines stand beside them, both the network of early/concat:
 
@@ -182,7 +182,7 @@ class Bench:
 
     @torch.no_grad()
     def time_sampling(self, pictures: int, steps: int):
-        """Seconds of the text path and of one of `steps` steps; of 50 steps for each picture."""
+        """Appends seconds: of the text path, of one step, and of 50 steps for each picture."""
         context = torch.randn(pictures, self.uvit.context_len, self.uvit.context_dim,
                               device=self.device)
         began = self.clock()
@@ -292,7 +292,8 @@ def main(config: Config):
     models, device = describe_models(config.size), choose_device()
     cuda, precision = device.type == "cuda", choose_precision(device)
     batch_size = config.batch_size or (32 if config.size == "shapes" else 256 if cuda else 8)
-    pictures, peak = config.sample_batch or (64 if cuda else 8), measure_peak(device, precision)
+    pictures = config.sample_batch or (64 if cuda else 8)
+    peak = measure_peak(device, precision)
     torch.set_float32_matmul_precision("high")
     threads = f"CPU, {torch.get_num_threads()} threads"
     machine = {"device": torch.cuda.get_device_name() if cuda else threads,

@@ -74,7 +74,7 @@ def train_model(config: Config, name: str, choice: dict, steps: int):
     print(f"\n---- {folder} ----")
     train.main(train.Config(**constants | choice | {
         "data": data, "name": str(folder.relative_to("out")), "seed": config.seed, "resume": there,
-        "steps": steps, "validate_every": steps // 10, "save_every": steps // 4,
+        "steps": steps, "validate_every": max(1, steps // 10), "save_every": max(1, steps // 4),
         "draw_every": steps, "score": False}))
     if read_checkpoint(folder / "last.pt")["step"] < steps:
         raise KeyboardInterrupt
@@ -156,6 +156,7 @@ def draw_curves(runs: list[dict]) -> Image.Image:
     by_steps, by_work = {}, {}
     for name in MODELS:
         same = [run for run in runs if run["model"] == name]
+        same = [run for run in same if run["steps"] == same[0]["steps"]]
         for points in zip(*(run["curve"] for run in same)):
             step, loss = points[0][0], statistics.mean(loss for _, loss in points)
             work = 3 * step * same[0]["constants"]["batch_size"] * same[0]["multiply_adds"] / 1e12
@@ -170,12 +171,12 @@ def draw_curves(runs: list[dict]) -> Image.Image:
     return both
 
 
-def draw_pictures(config: Config, columns: int = 8) -> Image.Image:
-    """The first held-out captions as the models of this seed draw them."""
+def draw_pictures(folders: list[Path], columns: int = 8) -> Image.Image:
+    """The first held-out captions as the runs in `folders` draw them, a row for each."""
     pictures, labels = [], []
-    for name in MODELS:
-        folders = (folder_of(config, name) / "eval").glob("*")
-        latest = max(folders, key=lambda folder: folder.stat().st_mtime)
+    for run in folders:
+        name, _ = run.name.rsplit("-", 1)
+        latest = max((run / "eval").glob("*"), key=lambda folder: folder.stat().st_mtime)
         for path, caption in list(zip(*evaluate.read_pictures(latest)))[:columns]:
             pictures.append(torch.tensor(evaluate.load_picture(path)).permute(2, 0, 1))
             labels.append(f"{name}: {caption}")
@@ -190,7 +191,9 @@ def report(config: Config):
     runs, path = [collect(folder) for folder in folders], assets / "results.json"
     write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | {config.size: runs})
     draw_curves(runs).save(assets / f"curves-{config.size}.png")
-    draw_pictures(config).save(assets / f"compare-{config.size}.png")
+    first = [next((folder for folder in folders if folder.name.rsplit("-", 1)[0] == name), None)
+             for name in MODELS]
+    draw_pictures(list(filter(None, first))).save(assets / f"compare-{config.size}.png")
     print_table(runs)
     print(f"\n{len(runs)} runs are in {path}; look at curves-{config.size}.png and "
           f"compare-{config.size}.png beside it.")

@@ -467,10 +467,10 @@ def test_ticks_are_few_round_and_enclose_the_values(values):
     ({"folder": "uneven"}, "p2.png has 32x64 pixels, but the real pictures have 64x64"),
     ({"folder": "broken"}, "p4.png is not a picture that Pillow can read"),
     ({"data": "data/none"}, "data/none is not a finished cache"),
-    ({"data": "data/larger"}, "small.pth was trained on coco at 64 pixels, "
-                              "but --data=data/larger holds coco at 128 pixels"),
-    ({"data": "data/own"}, "small.pth was trained on coco at 64 pixels, "
-                           "but --data=data/own holds folder at 64 pixels"),
+    ({"data": "data/larger"}, "small.pth was trained on kl latents of coco at 64 pixels, "
+                              "but --data=data/larger holds kl latents of coco at 128 pixels"),
+    ({"data": "data/own"}, "small.pth was trained on kl latents of coco at 64 pixels, "
+                           "but --data=data/own holds kl latents of folder at 64 pixels"),
     ({"raw": True}, "holds no raw weights"),
     ({"sweep": "1,two"}, "--sweep=1,two: expected guidance scales separated by commas"),
     ({"guidance_scale": float("nan")}, "guidance scales"), ({"steps": 0}, "steps=0"),
@@ -575,8 +575,8 @@ def test_shapes_can_be_swept_and_a_folder_of_them_scored(shapes, capsys):
 
 
 def test_a_model_of_shapes_is_not_scored_on_photographs(shapes, quick):
-    with pytest.raises(UserError, match="out/last.pt was trained on shapes at 32 pixels, "
-                                        "but --data=data/coco holds coco at 64"):
+    with pytest.raises(UserError, match="trained on linear latents of shapes at 32 pixels, "
+                                        "but --data=data/coco holds kl latents of coco at 64"):
         quick(checkpoint="out/last.pt")
 
 

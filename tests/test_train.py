@@ -322,6 +322,69 @@ def test_running_out_of_memory_before_the_first_step_is_answered_too(monkeypatch
     assert "--resume" not in str(caught.value)                  # there is nothing to go on with yet
 
 
+def test_a_changed_optimiser_constant_takes_effect_on_resume():
+    train.main(tiny(steps=1))
+    train.main(tiny(steps=2, resume=True, weight_decay=0.5, beta=0.7))
+    group, = read_checkpoint("out/run/last.pt")["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.7, 0.7))
+
+
+def test_gradients_are_not_clipped_at_zero():
+    train.main(tiny(name="free", steps=2, grad_clip=0.0))
+    train.main(tiny(name="high", steps=2, grad_clip=1e9))
+    assert equal(weights("free"), weights("high"))
+
+
+def test_commands_for_several_processes_begin_with_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    command = train.command_line(tiny())
+    assert command.startswith("torchrun --standalone --nproc_per_node=4 train.py")
+
+
+def test_two_runs_that_start_together_have_a_folder_each():
+    assert [train.open_new(tiny(), 0, 1)[0].name for _ in range(3)] == ["run", "run-2", "run-3"]
+
+
+def test_a_really_full_disk_is_answered_and_leaves_nothing_behind():
+    """torch's writer raises a RuntimeError of its own when the system refuses to write more."""
+    program = """
+import resource, signal, sys, torch, train
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+weights = {"w": torch.zeros(100_000)}
+try:
+    train.save_checkpoint(Path("last.pt"), {"step": 1, "model": weights, "ema": weights})
+except train.UserError as error:
+    print(error, list(Path().glob("last*")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    assert "make room, and run it again. []" in done.stdout, done.stderr
+
+
+def test_the_mean_loss_is_that_of_the_finite_batches(capsys):
+    class FakeData:
+        device, world = torch.device("cpu"), 1
+    checkpoint = train.open_new(tiny(), 0, 1)[1]
+    progress = train.Progress(tiny(), Path("out/run"), checkpoint, FakeData, None, print)
+    for loss in (1.0, float("nan"), 3.0, float("inf")):
+        progress.add(torch.tensor(loss))
+    assert progress.report(4, 0.1, torch.tensor(1.0))["loss"] == 2.0
+
+
+def test_pictures_that_are_not_finite_are_left_out_and_said(monkeypatch, capsys):
+    class Broken:
+        def decode(self, z):
+            raise FloatingPointError("The output has NaN.")
+
+        def to(self, device):
+            return self
+    monkeypatch.setattr(train, "load_autoencoder", lambda *_: Broken())
+    train.main(tiny(steps=1))
+    assert "step_000001.png is not drawn: The output has NaN." in capsys.readouterr().out
+
+
 def test_a_run_whose_name_has_a_folder_names_itself_rightly(monkeypatch, capsys):
     stop_after(2, monkeypatch)
     train.main(tiny(name="some/run"))
@@ -351,7 +414,8 @@ def test_weights_without_a_run_cannot_be_gone_on_with():
 @pytest.mark.parametrize("changes, words", [
     ({"batch_size": 0}, "batch_size=0"), ({"precision": "half"}, "--precision=half"),
     ({"compile": "yes"}, "--compile=yes"), ({"data": "data/none"}, "prepare_data.py"),
-    ({"resume": True}, "no such file"), ({"n_fuse": 2}, "n_fuse=2")])
+    ({"resume": True}, "no such file"), ({"n_fuse": 2}, "n_fuse=2"), ({"seed": -1}, "seed=-1"),
+    ({"name": "/run"}, "below out/"), ({"sample_steps": 0}, "sample_steps=0")])
 def test_mistakes_are_answered_in_one_sentence(changes, words):
     with pytest.raises(UserError, match=words):
         train.main(tiny(**changes))
