@@ -85,12 +85,25 @@ class Config:
 PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)        # (6, 3)
 
 
+def nearest_shape(cover: np.ndarray) -> str:
+    """The shape whose picture in the same box differs least from `cover` (H, W), 1 inside to 0."""
+    def points(profile):            # four in each pixel; -1 and 1 are the two ends of the box
+        middles = np.arange(len(profile)) + 0.5
+        fine = (np.arange(4 * len(profile)) + 0.5) / 4
+        return 2 * (fine - (profile * middles).sum() / profile.sum()) / profile.sum()
+    (H, W), y, x = cover.shape, points(cover.max(axis=1))[:, None], points(cover.max(axis=0))
+    inside = {"circle": x ** 2 + y ** 2 <= 1, "square": np.maximum(abs(x), abs(y)) <= 1,
+              "triangle": (2 * abs(x) <= y + 1) & (y <= 1)}
+    def difference(shape):
+        return ((inside[shape].reshape(H, 4, W, 4).mean(axis=(1, 3)) - cover) ** 2).sum()
+    return min(inside, key=difference)
+
+
 def detect_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
     """The objects of a shapes picture (S, S, 3) uint8: (colour, shape, y, x) of each.
 
     An object is a connected component of what is not background; specks are left out. Its colour is
-    the palette's nearest to its most colourful half. Its shape follows from the share of its box
-    that it fills: a square all of it, a circle pi/4, a triangle half.
+    the palette's nearest to its most colourful half, its shape the one that fits its box best.
     """
     away = picture.astype(np.float64) - BACKGROUND                          # (S, S, 3)
     distance = np.linalg.norm(away, axis=-1)
@@ -104,11 +117,9 @@ def detect_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
         nearest = np.linalg.norm(core[:, None] - (PALETTE - BACKGROUND), axis=-1).argmin(axis=1)
         colour = np.bincount(nearest, minlength=len(PALETTE)).argmax()
         direction = PALETTE[colour] - BACKGROUND
-        cover = away @ direction / (direction @ direction)          # (S, S), 1 inside, 0 outside
-        near = ndimage.binary_dilation(inside, np.ones((3, 3)))
-        cover = np.clip((cover - 0.15) / 0.5, 0, 1) * near
-        fill = cover.sum() / (cover.max(axis=0).sum() * cover.max(axis=1).sum())
-        shape = "square" if fill > 0.895 else "circle" if fill > 0.705 else "triangle"
+        near = ndimage.binary_dilation(inside, np.ones((3, 3)))             # with its soft edge
+        cover = np.clip(away @ direction / (direction @ direction), 0, 1) * near
+        shape = nearest_shape(cover[ndimage.find_objects(near.astype(int))[0]])
         if inside.sum() > 120 * (len(picture) / 32) ** 2:           # twice the largest: several
             shape = "blob"
         y, x = [(side.start + side.stop) / 2 for side in box]
@@ -544,7 +555,7 @@ class ShapesScorer:
         with torch.no_grad():
             decoded = to_uint8(autoencoder.decode(mean)).permute(0, 2, 3, 1).cpu().numpy()
         self.protocol = {
-            "detector": "nearest colour, connected components, share of the box that is filled"}
+            "detector": "nearest colour, connected components, shape that fits the box best"}
         self.bounds = {"real pictures (ceiling)": self.score(real, captions),
                        "real, through the autoencoder": self.score(decoded, captions),
                        "real, captions shuffled (floor)": self.score(real, shuffled)}

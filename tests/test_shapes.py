@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 import evaluate
 import prepare_data
@@ -80,6 +81,15 @@ def test_the_detector_reads_real_and_reconstructed_pictures(size):
         for group in ("seen", "unseen"):
             assert result[group]["pictures"] == 150
             assert min(result[group][kind] for kind in evaluate.KINDS) > 0.98
+
+
+def test_the_detector_reads_blurred_and_noisy_pictures():
+    """A generated picture is never as crisp as a drawn one: a soft square is no circle."""
+    pictures, captions = pictures_of(Config(), "val", 200)
+    soft = ndimage.gaussian_filter(pictures.astype(np.float64), (0, 0.5, 0.5, 0))
+    noise = np.random.default_rng(0).normal(0, 6, soft.shape)
+    scores = evaluate.score_shapes(np.clip(soft + noise, 0, 255).astype(np.uint8), captions)
+    assert min(scores[group]["everything"] for group in ("seen", "unseen")) > 0.95
 
 
 def test_shuffled_captions_are_judged_wrong():
