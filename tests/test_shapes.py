@@ -5,7 +5,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 
 import evaluate
 import prepare_data
@@ -83,12 +82,11 @@ def test_the_detector_reads_real_and_reconstructed_pictures(size):
             assert min(result[group][kind] for kind in evaluate.KINDS) > 0.98
 
 
-def test_the_detector_reads_blurred_and_noisy_pictures():
-    """A generated picture is never as crisp as a drawn one: a soft square is no circle."""
+def test_the_detector_reads_noisy_pictures():
+    """A generated picture is never as clean as a drawn one; a rough square is not a circle."""
     pictures, captions = pictures_of(Config(), "val", 200)
-    soft = ndimage.gaussian_filter(pictures.astype(np.float64), (0, 0.5, 0.5, 0))
-    noise = np.random.default_rng(0).normal(0, 6, soft.shape)
-    scores = evaluate.score_shapes(np.clip(soft + noise, 0, 255).astype(np.uint8), captions)
+    noisy = pictures + np.random.default_rng(0).normal(0, 20, pictures.shape)
+    scores = evaluate.score_shapes(noisy.clip(0, 255).astype(np.uint8), captions)
     assert min(scores[group]["everything"] for group in ("seen", "unseen")) > 0.95
 
 
