@@ -75,6 +75,7 @@ class Config:
     seed: int = 0                           # of the first picture; picture i has seed + i
     batch_size: int = 100                   # of the sampler; the scores don't depend on it
     raw: bool = False                       # True: the raw weights, not their moving average (EMA)
+    compile: str = "auto"                   # torch.compile: on, off, auto (on CUDA)
     weights: str = "weights"                # folder of the public weights
     inception: str = ""                     # file of the FID's Inception; "" = the public one there
     clip: str = ""                          # file of the CLIP score's towers; "" = ViT-L/14 there
@@ -417,7 +418,7 @@ def effective_rank(matrices: torch.Tensor) -> torch.Tensor:
     1 for an outer product, n for n equal singular values. Roy & Vetterli, "The effective rank",
     EUSIPCO 2007; [IF] speaks of low rank without a definition that we know of.
     """
-    values = torch.linalg.svdvals(matrices.float())
+    values = torch.linalg.svdvals(matrices.float().cpu())   # on CUDA one matrix after the other
     shares = values / values.sum(-1, keepdim=True)
     return torch.special.entr(shares).sum(-1).exp()
 
@@ -531,7 +532,10 @@ def draw_samples(pipeline: Pipeline, folder: Path, captions: list[str], guidance
     if any(old != " ".join(new.split()) for old, new in zip(found, captions)):
         raise UserError(f"{folder} holds pictures of other captions than those of "
                         f"--data={config.data}: move it away.")
-    begin, end, began, size = len(paths), len(captions), time.perf_counter(), config.batch_size
+    begin, end, size = len(paths), len(captions), config.batch_size
+    if begin < end:
+        pipeline.compile(config.compile, captions[begin:begin + size], guidance_scale)
+    began = time.perf_counter()
     for i in tqdm(range(begin, end, size), f"sampling {folder}", unit="batch"):
         part = captions[i:i + size]
         seeds = [config.seed + i + k for k in range(len(part))]
@@ -672,7 +676,6 @@ def score_pictures(folder: Path, paths: list[Path], captions: list[str], facts: 
     """Score a folder and leave eval.json there: facts about the model, scores, bounds, protocol."""
     if not paths:
         raise UserError("There are no captions, and so no pictures to score.")
-    check_sizes(paths, cache.meta["image_size"])
     scores, warnings = scorer.score(paths, captions), []
     if "fid" in scores:
         warnings = warn_about_fid(min(len(paths), scorer.protocol["reference"]["pictures"]))
@@ -722,6 +725,7 @@ def evaluate_checkpoint(path: str, scales: list[float], captions: list[str], sco
             "latent_scale": pipeline.latent_scale, "autoencoder": pipeline.meta["autoencoder"],
             "text_tower": pipeline.meta["text_tower"]}
         paths = [folder / f"{i:05d}.png" for i in range(len(captions))]
+        check_sizes(paths, cache.meta["image_size"])
         results.append(score_pictures(folder, paths, captions, facts, protocol, scorer, cache))
         write_json(Path(path).parent / "eval.json", results[-1])
     return results
@@ -817,19 +821,22 @@ def main(config: Config):
         raise UserError(f"guidance scales {scales}, steps={config.steps}, "
                         f"batch_size={config.batch_size}: "
                         "expected numbers, and 1 or more of the last two.")
+    if config.compile not in ("auto", "on", "off"):
+        raise UserError(f"--compile={config.compile}: expected auto, on or off.")
     if config.folder and config.sweep:
         raise UserError("--sweep draws pictures, and --folder scores those that are there: "
                         "leave one out.")
     cache = read_cache(config.data)
+    if config.folder:
+        paths, texts = [part[:config.n or None] for part in read_pictures(Path(config.folder))]
+        check_sizes(paths, cache.meta["image_size"])
     rows, captions = choose_prompts(cache, config)
     Scorer = ShapesScorer if cache.meta["dataset"] == "shapes" else RealScorer
     scorer = Scorer(cache, rows, captions, config)
     if config.folder:
-        paths, captions = read_pictures(Path(config.folder))
-        n = config.n or len(paths)
         facts, protocol = {"name": config.folder}, {"captions": "those of its captions.txt"}
-        results = [score_pictures(Path(config.folder), paths[:n], captions[:n], facts, protocol,
-                                  scorer, cache)]
+        results = [score_pictures(Path(config.folder), paths, texts, facts, protocol, scorer,
+                                  cache)]
     else:
         results = [result for path in config.checkpoint.split(",") for result in
                    evaluate_checkpoint(path.strip(), scales, captions, scorer, cache, config)]

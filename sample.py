@@ -30,8 +30,8 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
 from clip_text import count_truncated, load_text_tower, tokenize
-from model import (UserError, UViT, autocast, choose_device, load_uvit, noise_schedule,
-                   read_checkpoint, run)
+from model import (UserError, UViT, autocast, choose_device, compile_guarded, load_uvit,
+                   noise_schedule, read_checkpoint, run)
 from vae import load_autoencoder, to_uint8
 
 
@@ -144,6 +144,13 @@ class Pipeline:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the network sees them -> (B, 3, H, W) uint8 on the CPU."""
         return to_uint8(self.autoencoder.decode(latents / self.latent_scale)).cpu()
+
+    def compile(self, mode: str, captions: list[str], guidance_scale: float):
+        """Compile the network's step for batches like this one; see `compile_guarded`."""
+        def try_out(denoise):
+            self.net.denoise = denoise
+            self.draw(captions, [0] * len(captions), 1, guidance_scale)
+        self.net.denoise = compile_guarded(self.net.denoise, mode, self.device, try_out)
 
     def draw(self, captions: list[str], seeds: list[int], steps: int, guidance_scale: float,
              trace: list | None = None) -> torch.Tensor:

@@ -30,7 +30,6 @@ import datetime
 import itertools
 import math
 import os
-import shlex
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -47,9 +46,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import prepare_data
+import sample
 from model import (CHECKPOINT_FORMAT, UserError, UViT, UViTConfig, autocast, choose_device,
-                   choose_precision, count_multiply_adds, noise_schedule, read_checkpoint, run)
-from sample import draw_grid, sample_latents
+                   choose_precision, command, compile_guarded, count_multiply_adds,
+                   noise_schedule, read_checkpoint, run)
 from vae import load_autoencoder, sample_latent, to_uint8
 
 
@@ -381,8 +381,8 @@ class Drawer:
 
     def draw(self, nets: list[UViT], path: Path):
         rows = torch.arange(len(self.captions))
-        latents = [sample_latents(net, self.context, rows, self.null_context, rows.tolist(),
-                                  self.config.sample_steps, self.config.guidance_scale)
+        latents = [sample.sample_latents(net, self.context, rows, self.null_context, rows.tolist(),
+                                         self.config.sample_steps, self.config.guidance_scale)
                    for net in nets]
         try:
             pictures = to_uint8(self.autoencoder.decode(torch.cat(latents) / self.scale)).cpu()
@@ -390,7 +390,7 @@ class Drawer:
             return print(f"{path} is not drawn: {error}")
         captions = [f"{kind}: {caption}" for kind in ("raw", "EMA") for caption in self.captions]
         path.parent.mkdir(exist_ok=True)
-        draw_grid(pictures, captions, columns=len(self.captions)).save(path)
+        sample.draw_grid(pictures, captions, columns=len(self.captions)).save(path)
 
 
 def print_facts(config: Config, net: UViT, data: Batches, meta: dict, precision: torch.dtype):
@@ -403,7 +403,7 @@ def print_facts(config: Config, net: UViT, data: Batches, meta: dict, precision:
           f"{multiply_adds:.3f} G multiply-adds = {2 * multiply_adds:.3f} GFLOPs per image")
     print(f"{data.count:,} pictures with {len(data.pairs):,} captions, "
           f"latents {channels}x{height}x{width}; "
-          f"{config.steps:,} steps of {size} = {config.steps * size / data.count:.1f} epochs; "
+          f"{config.steps:,} steps of {size} = {config.steps * size / data.count:.3g} epochs; "
           f"{data.world} x {device_name(data.device)}, {str(precision).removeprefix('torch.')}")
     print(f"text tower: {meta['text_tower']['about']}; autoencoder: {meta['autoencoder']['about']}")
 
@@ -411,13 +411,9 @@ def print_facts(config: Config, net: UViT, data: Batches, meta: dict, precision:
 # ---- 5. the run and its files ----
 
 def command_line(config: Config, **changes) -> str:
-    """The `train.py` command of a configuration: what differs from the constants in the file."""
-    config = dataclasses.replace(config, **changes)
-    differs = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
-               if getattr(config, field.name) != field.default}
-    n = int(os.environ.get("WORLD_SIZE", 1))
-    launcher = ["torchrun", "--standalone", f"--nproc_per_node={n}"] if n > 1 else ["python"]
-    return shlex.join([*launcher, "train.py", *(f"--{key}={x}" for key, x in differs.items())])
+    """The `train.py` command of a configuration, on as many GPUs as now."""
+    line, n = command("train.py", dataclasses.replace(config, **changes)), os.getenv("WORLD_SIZE")
+    return line.replace("python", f"torchrun --standalone --nproc_per_node={n}", 1) if n else line
 
 
 def open_new(config: Config, rank: int, world: int) -> tuple[Path, dict]:
@@ -441,6 +437,10 @@ def open_new(config: Config, rank: int, world: int) -> tuple[Path, dict]:
 def open_old(config: Config, uvit: UViTConfig, meta: dict, say) -> tuple[Path, dict]:
     """The folder and last.pt of the run to go on with; UserError if that is not possible."""
     path = Path("out") / config.name / "last.pt"
+    if not path.exists():
+        runs = sorted(str(run.parent.relative_to("out")) for run in Path("out").rglob("last.pt"))
+        raise UserError(f"{path} does not exist: there is no run of that name to go on with. "
+                        f"Runs in out/: {', '.join(runs) or 'none'}; name one with --name.")
     checkpoint = read_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} holds weights alone, not a run of train.py to go on with.")
@@ -526,22 +526,6 @@ def learning_rate(step: int, config: Config) -> float:
     return config.learning_rate * rise * fall
 
 
-def compile_guarded(net: UViT, arguments, mode: str, device: torch.device, say):
-    """torch.compile the network and try it once; on failure go on without, and say why."""
-    if mode == "off" or (mode == "auto" and device.type != "cuda"):
-        return net
-    try:
-        fast = torch.compile(net)
-        compute_loss(fast, *arguments).backward()
-        return fast
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:      # whatever goes wrong in a compiler must not cost the run
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        say(f"torch.compile failed and is off ({type(error).__name__}: {reason:.200}).")
-        return net
-
-
 def open_cache(config: Config, rank: int, world: int) -> tuple[prepare_data.Cache, UViTConfig]:
     """The data and a network's configuration that fits it. A first run makes the default data."""
     if rank == 0 and config.data == Config.data and not (Path(config.data) / "meta.json").exists():
@@ -580,21 +564,25 @@ def start_network(config: Config, uvit: UViTConfig, checkpoint: dict, precision,
     return net, ema, optimizer, scaler
 
 
-def finish(config: Config, folder: Path, step: int, cache: prepare_data.Cache, device):
+def finish(config: Config, folder: Path, step: int, cache: prepare_data.Cache, device, stop: list):
     """Say how to go on with a stopped run; score one that has ended, and say how to draw."""
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
     if step < config.steps:
         return print(f"Stopped at step {step:,}; go on with: {command_line(config, resume=True)}")
-    path, w = folder / "last.pt", config.guidance_scale
+    shared = {"checkpoint": str(folder / "last.pt"), "weights": config.weights,
+              "guidance_scale": config.guidance_scale}
+    scoring = evaluate.Config(**shared, data=config.data, steps=config.sample_steps)
+    drawing = sample.Config(**shared, prompt=cache.captions[cache.val.pairs[0, 1]])
     if config.score and cache.meta["dataset"] == "shapes":
-        evaluate.main(evaluate.Config(checkpoint=str(path), data=config.data, guidance_scale=w,
-                                      steps=config.sample_steps, weights=config.weights))
-    arguments = [f"--checkpoint={path}", f"--prompt={cache.captions[cache.val.pairs[0, 1]]}"]
-    if config.weights != Config.weights:
-        arguments.append(f"--weights={config.weights}")
-    print(f"Look at {folder / 'samples'}; then draw with:\n"
-          f"  {shlex.join(['python', 'sample.py', *arguments])}")
+        try:
+            if stop:
+                raise KeyboardInterrupt
+            evaluate.main(scoring)
+        except KeyboardInterrupt:
+            print(f"\nThe run is whole and saved, but not scored. Score it with:\n"
+                  f"  {command('evaluate.py', scoring)}")
+    print(f"Look at {folder / 'samples'}; then draw with:\n  {command('sample.py', drawing)}")
 
 
 def main(config: Config):
@@ -618,8 +606,9 @@ def main(config: Config):
         if rank == 0:
             print_facts(config, net, data, cache.meta, precision)
         alpha_bar = noise_schedule().float().to(device)
-        wrapped = compile_guarded(net, (alpha_bar, precision, *data.read(start)[0]), config.compile,
-                                  device, say)
+        def try_out(fast):
+            compute_loss(fast, alpha_bar, precision, *data.read(start)[0]).backward()
+        wrapped = compile_guarded(net, config.compile, device, try_out, say)
         optimizer.zero_grad()
         if world > 1:
             gpus = [device.index] if device.type == "cuda" else None
@@ -689,7 +678,7 @@ def main(config: Config):
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
-        finish(config, folder, step, cache, device)
+        finish(config, folder, step, cache, device, stop)
 
 
 if __name__ == "__main__":

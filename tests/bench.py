@@ -49,7 +49,7 @@ class Config:
     repeats: int = 7                # timed steps of each model, after two that are not
     sample_batch: int = 0           # pictures sampled at once; 0 = 8 on a CPU, 64 on CUDA
     sample_steps: int = 10          # timed steps of the solver; images/s are given for 50
-    compile: bool = True            # on CUDA; never on a CPU
+    compile: str = "auto"           # a mode of torch.compile, or off; auto: default, CPU: off
     json: str = ""                  # also write everything to this file
 
 
@@ -118,15 +118,16 @@ class Bench:
     """One model with its data, optimiser and moving average, whose step and sampling are timed."""
 
     def __init__(self, uvit: UViTConfig, kind: str, batch_size: int, device: torch.device,
-                 compiled: bool):
-        """`kind` is "ours", "plain" or "as published"."""
+                 mode: str = "off"):
+        """`kind` is "ours", "plain" or "as published"; `mode` is torch.compile's, or "off"."""
         self.uvit, self.kind, self.device, self.batch_size = uvit, kind, device, batch_size
         Network = PlainUViT if kind == "plain" else UViT
         self.net = Network(uvit).to(device)
         self.ema = Network(uvit).to(device).requires_grad_(False)
         self.wrapped = self.net
-        if compiled and kind != "as published":
-            self.wrapped = torch.compile(self.net)
+        if mode != "off" and kind != "as published":
+            self.wrapped = torch.compile(self.net, mode=mode)
+            self.ema.denoise = torch.compile(self.ema.denoise, mode=mode)
         way = {"foreach": False} if kind == "as published" else {"fused": True}
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, betas=(0.9, 0.9),
                                            weight_decay=0.03, **way)
@@ -289,6 +290,10 @@ def print_rows(rows: dict[str, dict]):
 
 
 def main(config: Config):
+    modes = ("auto", "off", "default", "reduce-overhead", "max-autotune")
+    if config.compile not in modes:
+        raise UserError(f"--compile={config.compile}: expected {', '.join(modes[:-1])} or "
+                        f"{modes[-1]}.")
     models, device = describe_models(config.size), choose_device()
     cuda, precision = device.type == "cuda", choose_precision(device)
     batch_size = config.batch_size or (32 if config.size == "shapes" else 256 if cuda else 8)
@@ -296,16 +301,20 @@ def main(config: Config):
     peak = measure_peak(device, precision)
     torch.set_float32_matmul_precision("high")
     threads = f"CPU, {torch.get_num_threads()} threads"
+    mode = config.compile
+    if mode == "auto":
+        mode = "default" if cuda else "off"
     machine = {"device": torch.cuda.get_device_name() if cuda else threads,
                "torch": torch.__version__, "precision": str(precision).removeprefix("torch."),
-               "peak_flops": peak, "batch_size": batch_size, "sample_batch": pictures}
-    print(f"{machine['device']}, torch {machine['torch']}, {machine['precision']}; "
+               "compile": mode, "peak_flops": peak, "batch_size": batch_size,
+               "sample_batch": pictures}
+    print(f"{machine['device']}, torch {machine['torch']}, {machine['precision']}, compile {mode}; "
           f"a large matrix product reaches {peak / 1e12:.3f} TFLOP/s; size {config.size}, "
           f"batch {batch_size}, medians of {config.repeats}, interleaved; "
           f"{pictures} pictures sampled at once")
 
     def prepare(name, kind):
-        return Bench(models[name], kind, batch_size, device, cuda and config.compile)
+        return Bench(models[name], kind, batch_size, device, mode)
     benches = {name: prepare(name, "ours") for name in models}
     for kind in ("plain", "as published"):
         benches[f"early/concat, {kind}"] = prepare("early/concat", kind)

@@ -11,9 +11,9 @@ reads the pictures. A run that is there is not trained again; an interrupted one
 takes the runs of all seeds together:
 
     out/compare-SIZE/MODEL-SEED/    the runs, with log.csv and eval.json
-    assets/results.json             every figure of every run, by size
-    assets/curves-SIZE.png          held-out loss against steps, and against multiply-adds spent
-    assets/compare-SIZE.png         the first pictures, a row for each model
+    out/compare-SIZE/results.json   every figure of every run; --to=assets: the README's files
+        curves-SIZE.png             held-out loss against steps, and against multiply-adds spent
+        compare-SIZE.png            the first held-out captions, a row for each model
 """
 import csv
 import json
@@ -44,6 +44,7 @@ class Config:
     n: int = 1000                   # held-out captions
     speed: float = 0.0              # images/s to early/concat's of the fifth run; 0 = by the logs
     report: bool = False            # True: train and evaluate nothing
+    to: str = ""                    # folder of the report; "" = out/compare-SIZE
 
 
 MODELS = {f"{fusion}-{how.split('_')[0]}": {"fusion": fusion, "conditioning": how}
@@ -184,11 +185,13 @@ def draw_pictures(folders: list[Path], columns: int = 8) -> Image.Image:
 
 
 def report(config: Config):
-    group, assets = Path("out") / f"compare-{config.size}", ROOT / "assets"
+    group = Path("out") / f"compare-{config.size}"
+    assets = Path(config.to or group)
     folders = sorted(path.parent for path in group.glob("*/eval.json"))
     if not folders:
         raise UserError(f"{group} holds no evaluated run: leave out --report=True to train some.")
     runs, path = [collect(folder) for folder in folders], assets / "results.json"
+    assets.mkdir(parents=True, exist_ok=True)
     write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | {config.size: runs})
     draw_curves(runs).save(assets / f"curves-{config.size}.png")
     first = [next((folder for folder in folders if folder.name.rsplit("-", 1)[0] == name), None)

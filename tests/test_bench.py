@@ -41,7 +41,7 @@ def test_the_plain_baseline_computes_the_same_as_early_concat():
 
 def test_published_way_of_computing_gives_the_same_step():
     """It is slower, not different: the same weights and batch give nearly the same update."""
-    ours, published = [bench.Bench(TINY, kind, 4, torch.device("cpu"), False)
+    ours, published = [bench.Bench(TINY, kind, 4, torch.device("cpu"))
                        for kind in ("ours", "as published")]
     for one in (ours, published):
         one.precision = torch.float32
@@ -71,25 +71,26 @@ def test_benchmark_prints_and_writes_every_model(capsys, monkeypatch):
     assert capsys.readouterr().out.count("| intermediate/concat |") == 2
 
 
-def test_benchmark_refuses_an_unknown_size():
+def test_benchmark_refuses_an_unknown_size_or_mode():
     with pytest.raises(UserError, match="--size=M: expected shapes or S"):
         bench.main(bench.Config(size="M"))
+    with pytest.raises(UserError, match="--compile=on: expected auto, off, default"):
+        bench.main(bench.Config(compile="on"))
 
 
 @pytest.fixture
 def tiny_setting(monkeypatch):
     """compare.py on a small cache with tiny networks, writing into the test's own folder."""
     prepare_data.main(prepare_data.Config(train_images=40, val_images=12))
-    monkeypatch.setattr(compare, "ROOT", Path.cwd())
     tiny = {"steps": 10, "batch_size": 4, "width": 16, "heads": 2, "depth": 5, "n_image": 1,
             "validation_images": 4, "sample_steps": 2}
     monkeypatch.setattr(compare, "SIZES", {"small": ({}, tiny)})
-    Path("assets").mkdir()
 
 
 def test_comparison_trains_evaluates_and_collects_every_model_and_seed(tiny_setting, capsys):
-    for seed in (0, 1):
-        compare.main(compare.Config(seed=seed, n=4, speed=1.5))
+    compare.main(compare.Config(n=4, speed=1.5))
+    assert len(json.loads(Path("out/compare-small/results.json").read_text())["small"]) == 5
+    compare.main(compare.Config(seed=1, n=4, speed=1.5, to="assets"))
     runs = json.loads(Path("assets/results.json").read_text())["small"]
     steps = dict.fromkeys(compare.MODELS, 10) | {compare.EQUAL_TIME: 15}
     assert sorted((run["model"], run["seed"], run["steps"]) for run in runs) == sorted(
@@ -118,7 +119,7 @@ def test_interrupted_comparison_goes_on_where_it_stopped(tiny_setting, monkeypat
     assert not Path("out/compare-small/intermediate-concat-0").exists()
     monkeypatch.setattr(compare.train, "main", train_main)
     compare.main(compare.Config(n=4, speed=1.5))
-    assert len(json.loads(Path("assets/results.json").read_text())["small"]) == 5
+    assert len(json.loads(Path("out/compare-small/results.json").read_text())["small"]) == 5
 
 
 def test_report_without_runs_says_what_to_do():

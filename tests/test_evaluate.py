@@ -363,6 +363,35 @@ def test_an_interrupted_call_goes_on_where_it_stopped(quick, drawn, monkeypatch)
     assert (pixels(folder_of()) == resumed).all()
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_compiled_step_is_used_if_it_works(quick, monkeypatch, capsys, broken):
+    """Compiled or not, the same pictures; a compiler that fails costs the speed alone."""
+    quick(n=2)
+    plain, calls = pixels(folder_of()), []
+    folder_of().rename("plain")
+
+    def fake_compile(function):
+        def fast(*arguments):
+            calls.append(arguments)
+            if broken:
+                raise RuntimeError("no C compiler")
+            return function(*arguments)
+        return fast
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    quick(n=2, compile="on")
+    assert (pixels(folder_of()) == plain).all()
+    assert len(calls) == (1 if broken else 3)
+    assert ("torch.compile failed and is off" in capsys.readouterr().out) == broken
+
+
+def test_a_missing_picture_is_found_before_anything_is_scored(house, weights, monkeypatch):
+    save_folder("gap", real_pictures(), [several[0] for several in CAPTIONS])
+    Path("gap/p3.png").unlink()
+    monkeypatch.setattr(evaluate, "RealScorer", None)
+    with pytest.raises(UserError, match="p3.png"):
+        evaluate.main(evaluate.Config(folder="gap", data="data/coco"))
+
+
 def test_samples_of_other_captions_are_not_taken_for_ours(quick):
     quick()
     lines = (folder_of() / "captions.txt").read_text()
@@ -475,7 +504,9 @@ def test_ticks_are_few_round_and_enclose_the_values(values):
     ({"sweep": "1,two"}, "--sweep=1,two: expected guidance scales separated by commas"),
     ({"guidance_scale": float("nan")}, "guidance scales"), ({"steps": 0}, "steps=0"),
     ({"batch_size": 0}, "batch_size=0"), ({"prompts": "all"}, "prompts='all'"), ({"n": -1}, "n=-1"),
-    ({"checkpoint": "runs/none.pth"}, "there is no such file")], ids=str)
+    ({"compile": "yes"}, "--compile=yes: expected auto, on or off"),
+    ({"checkpoint": "runs/none.pth"}, "runs/none.pth is not there: expected a checkpoint"),
+    ({"checkpoint": "runs"}, "runs is a folder: expected a checkpoint")], ids=str)
 def test_mistakes_are_answered_in_one_sentence(quick, changes, message):
     for name in ("gap", "uneven", "broken"):
         save_folder(name, real_pictures(), [several[0] for several in CAPTIONS])

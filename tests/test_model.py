@@ -620,7 +620,8 @@ def refusal(path) -> str:
 
 
 def test_a_missing_file_and_a_web_page_are_named_as_such(tmp_path):
-    assert "there is no such file" in refusal(tmp_path / "absent.pt")
+    assert "is not there: expected a checkpoint" in refusal(tmp_path / "absent.pt")
+    assert "is a folder: expected a checkpoint" in refusal(tmp_path)
     page = tmp_path / "page.pth"
     page.write_text("\n  <!DOCTYPE html><html>Google Drive - Virus scan warning</html>")
     assert f"has {page.stat().st_size} bytes and looks like HTML" in refusal(page)

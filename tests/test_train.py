@@ -95,6 +95,19 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(monkeypatch, capsys):
     assert "Stopped at step 2" in printed and "--resume=True" in printed and "--name=run" in printed
 
 
+@pytest.mark.parametrize("when", ["in the last step", "while it is scored"])
+def test_a_run_stopped_at_its_end_says_how_to_score_it(monkeypatch, capsys, when):
+    def interrupted(_):
+        assert when == "while it is scored", "scored, though it was asked to stop"
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train.evaluate, "main", interrupted)
+    if when == "in the last step":
+        stop_after(2, monkeypatch)
+    train.main(tiny(steps=2, score=True))
+    assert ("python evaluate.py --checkpoint=out/run/last.pt --data=data/tiny --steps=2"
+            in capsys.readouterr().out)
+
+
 def test_a_resume_with_another_architecture_or_cache_is_refused_with_the_right_command():
     train.main(tiny(steps=1))
     with pytest.raises(UserError, match=r"another architecture.*--resume=True.*--width=32"):
@@ -414,7 +427,7 @@ def test_weights_without_a_run_cannot_be_gone_on_with():
 @pytest.mark.parametrize("changes, words", [
     ({"batch_size": 0}, "batch_size=0"), ({"precision": "half"}, "--precision=half"),
     ({"compile": "yes"}, "--compile=yes"), ({"data": "data/none"}, "prepare_data.py"),
-    ({"resume": True}, "no such file"), ({"n_fuse": 2}, "n_fuse=2"), ({"seed": -1}, "seed=-1"),
+    ({"resume": True}, "no run of that name.*Runs in out/: none"), ({"n_fuse": 2}, "n_fuse=2"), ({"seed": -1}, "seed=-1"),
     ({"name": "/run"}, "below out/"), ({"sample_steps": 0}, "sample_steps=0")])
 def test_mistakes_are_answered_in_one_sentence(changes, words):
     with pytest.raises(UserError, match=words):
