@@ -149,7 +149,10 @@ KINDS = ("count", "colour", "shape", "relation", "everything")
 
 
 def score_shapes(pictures: Iterable[np.ndarray], captions: list[str]) -> dict[str, dict]:
-    """Share right by kind, for seen and unseen combinations apart; pictures (S, S, 3) uint8."""
+    """Share right by kind, for seen and unseen combinations apart; pictures (S, S, 3) uint8.
+
+    "count_by_number" is the share with a right count, by the number that the caption asks for.
+    """
     unknown = [caption for caption in captions if caption not in scene_of()]
     if unknown:
         raise UserError(f"{unknown[0]!r} is not a caption of the shapes dataset, "
@@ -163,6 +166,11 @@ def score_shapes(pictures: Iterable[np.ndarray], captions: list[str]) -> dict[st
         for kind in KINDS:
             values = [right[kind] for right in rights if kind in right]
             scores[name][kind] = float(np.mean(values)) if values else None
+    by_number = {}
+    for right, scene in zip(results, scenes):
+        if not scene.relation:
+            by_number.setdefault(len(scene.objects), []).append(right["count"])
+    scores["count_by_number"] = {str(n): float(np.mean(by_number[n])) for n in sorted(by_number)}
     return scores
 
 

@@ -22,7 +22,7 @@ where it stopped.
     val_unseen.npy            (M,) bool, shapes only: whether training never shows that combination
     preview.png               look at it before you train
 
-The shapes: one to five circles, squares and triangles in six colours, captioned by number ("three
+The shapes: one to nine circles, squares and triangles in six colours, captioned by number ("three
 red circles and two blue squares") or by place ("a red circle to the left of a blue square"). A
 fixed tenth of the single groups never occurs in training, alone or in a pair, nor does a tenth of
 the relations, so that evaluate.py, which reads a caption back, can score unseen ones apart.
@@ -112,7 +112,7 @@ BACKGROUND = (245, 245, 240)
 COLOURS = {"red": (225, 45, 45), "green": (40, 165, 70), "blue": (45, 85, 225),
            "yellow": (245, 200, 30), "purple": (160, 50, 190), "cyan": (40, 190, 215)}
 SHAPES = ("circle", "square", "triangle")
-COUNTS = ("one", "two", "three", "four", "five")
+COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RELATIONS = {"to the left of": (0, -1), "to the right of": (0, 1),      # (rows, columns)
              "above": (-1, 0), "below": (1, 0)}
 
@@ -139,10 +139,10 @@ class Scene:
 
 @cache
 def list_scenes() -> tuple[list[Scene], list[Scene], list[Scene]]:
-    """All: 90 of one group, 3,060 of two groups with at most five objects, 1,224 relations."""
+    """All: 162 of one group, 11,016 of two groups, at most nine objects in all, 1,224 relations."""
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    one = [Scene(((count, *kind),)) for count in range(1, 6) for kind in kinds]
-    two = [Scene(((count, *first), (total - count, *second))) for total in range(2, 6)
+    one = [Scene(((count, *kind),)) for count in range(1, 10) for kind in kinds]
+    two = [Scene(((count, *first), (total - count, *second))) for total in range(2, 10)
            for count in range(1, total) for first, second in permutations(kinds, 2)]
     relations = [Scene(((1, *first), (1, *second)), relation)
                  for relation in RELATIONS for first, second in permutations(kinds, 2)]

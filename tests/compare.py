@@ -132,7 +132,8 @@ def summarise(values: list[float], digits: int) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def print_table(runs: list[dict]):
+def print_tables(runs: list[dict]):
+    """Two Markdown tables: the whole, and counting by the number asked for."""
     columns = {
         "steps": (0, lambda run: run["steps"]),
         "G multiply-adds": (3, lambda run: run["multiply_adds"] / 1e9),
@@ -141,12 +142,16 @@ def print_table(runs: list[dict]):
            for kind in evaluate.KINDS},
         "everything, unseen": (1, lambda run: 100 * run["scores"]["unseen"]["everything"]),
         "attention rank": (2, lambda run: statistics.mean(run["attention_rank_by_block"].values()))}
-    print(f"\n| model | seeds | {' | '.join(columns)} |\n|{' --- |' * (2 + len(columns))}")
-    for name in (*MODELS, EQUAL_TIME):
-        if same := [run for run in runs if run["model"] == name]:
-            cells = [summarise([figure(run) for run in same], digits)
-                     for digits, figure in columns.values()]
-            print(f"| {name} | {len(same)} | {' | '.join(cells)} |")
+    numbers = sorted(set.intersection(*({*run["scores"]["count_by_number"]} for run in runs)))
+    by_number = {n: (0, lambda run, n=n: 100 * run["scores"]["count_by_number"][n])
+                 for n in numbers}
+    for title, columns in (("model", columns), ("count right, when asked for", by_number)):
+        print(f"\n| {title} | seeds | {' | '.join(columns)} |\n|{' --- |' * (2 + len(columns))}")
+        for name in (*MODELS, EQUAL_TIME):
+            if same := [run for run in runs if run["model"] == name]:
+                cells = [summarise([figure(run) for run in same], digits)
+                         for digits, figure in columns.values()]
+                print(f"| {name} | {len(same)} | {' | '.join(cells)} |")
 
 
 def draw_curves(runs: list[dict]) -> Image.Image:
@@ -197,7 +202,7 @@ def report(config: Config):
     first = [next((folder for folder in folders if folder.name.rsplit("-", 1)[0] == name), None)
              for name in MODELS]
     draw_pictures(list(filter(None, first))).save(assets / f"compare-{config.size}.png")
-    print_table(runs)
+    print_tables(runs)
     print(f"\n{len(runs)} runs are in {path}; look at curves-{config.size}.png and "
           f"compare-{config.size}.png beside it.")
 

@@ -30,19 +30,19 @@ def pictures_of(config, split, count):
 
 def test_every_caption_is_one_scene_and_grammar_is_right():
     one, two, relations = list_scenes()
-    assert (len(one), len(two), len(relations)) == (90, 3060, 1224)
-    assert len(scene_of()) == 90 + 3060 + 1224
+    assert (len(one), len(two), len(relations)) == (162, 11016, 1224)
+    assert len(scene_of()) == 162 + 11016 + 1224
     assert Scene(((1, "red", "circle"),)).caption == "one red circle"
     assert Scene(((3, "red", "circle"), (2, "blue", "square"))).caption \
         == "three red circles and two blue squares"
     assert Scene(((1, "red", "circle"), (1, "blue", "square")), "above").caption \
         == "a red circle above a blue square"
-    assert all(1 <= len(scene.objects) <= 5 for scene in scene_of().values())
+    assert all(1 <= len(scene.objects) <= 9 for scene in scene_of().values())
 
 
 def test_a_tenth_of_the_combinations_is_unseen_whatever_the_seed():
     one, _, relations = list_scenes()
-    assert sum(scene in unseen_scenes() for scene in one) == 9
+    assert sum(scene in unseen_scenes() for scene in one) == 16
     assert sum(scene in unseen_scenes() for scene in relations) == 122
     for seed in (0, 1):
         source = Shapes(Config(train_images=3000, seed=seed), "train")
@@ -63,8 +63,9 @@ def test_a_picture_depends_on_seed_split_and_number_alone():
 def test_the_first_pictures_are_these_on_any_machine():
     source = Shapes(Config(), "train")
     assert [captions[0] for captions in source.captions[:3]] == [
-        "a red circle above a purple triangle", "two blue circles", "one cyan circle"]
-    assert [int(source.load(i).sum()) for i in range(3)] == [726165, 721778, 736972]
+        "a red circle above a purple triangle", "one purple circle",
+        "a red square to the left of a green square"]
+    assert [int(source.load(i).sum()) for i in range(3)] == [726165, 735782, 708694]
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -113,6 +114,17 @@ def test_each_kind_of_mistake_is_seen():
         assert judge(pair, relation, Scene(pair, relation))["everything"]
         wrong = judge(pair, opposite, Scene(pair, relation))
         assert not wrong["relation"] and not wrong["everything"] and wrong["colour"]
+
+
+def test_counting_is_also_scored_by_the_number_asked_for():
+    rng, (one, _, _) = np.random.default_rng(0), list_scenes()
+    drawn = [scene for scene in one if scene.groups[0][1] == "red"]         # three of each number
+    asked = [Scene(((min(count + (count > 6), 9), *kind),))                 # 7 and 8: one too few
+             for scene in drawn for count, *kind in scene.groups]
+    scores = evaluate.score_shapes([prepare_data.draw_scene(scene, rng, 32) for scene in drawn],
+                                   [scene.caption for scene in asked])
+    right = scores["count_by_number"]
+    assert right == {"1": 1, "2": 1, "3": 1, "4": 1, "5": 1, "6": 1, "8": 0, "9": 0.5}
 
 
 def test_an_empty_picture_has_no_objects():
