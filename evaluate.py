@@ -75,7 +75,7 @@ class Config:
     seed: int = 0                           # of the first picture; picture i has seed + i
     batch_size: int = 100                   # of the sampler; the scores don't depend on it
     raw: bool = False                       # True: the raw weights, not their moving average (EMA)
-    compile: str = "auto"                   # torch.compile: on, off, auto (on CUDA)
+    compile: str = "auto"                   # torch.compile: on, off, auto (CUDA, many pictures)
     weights: str = "weights"                # folder of the public weights
     inception: str = ""                     # file of the FID's Inception; "" = the public one there
     clip: str = ""                          # file of the CLIP score's towers; "" = ViT-L/14 there
@@ -541,7 +541,8 @@ def draw_samples(pipeline: Pipeline, folder: Path, captions: list[str], guidance
         raise UserError(f"{folder} holds pictures of other captions than those of "
                         f"--data={config.data}: move it away.")
     begin, end, size = len(paths), len(captions), config.batch_size
-    if begin < end:
+    evaluations = math.ceil((end - begin) / size) * config.steps
+    if begin < end and (config.compile == "on" or evaluations > 2000):      # else it doesn't pay
         pipeline.compile(config.compile, captions[begin:begin + size], guidance_scale)
     began = time.perf_counter()
     for i in tqdm(range(begin, end, size), f"sampling {folder}", unit="batch"):

@@ -106,6 +106,9 @@ def run(main, Config: type):
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        sys.exit(f"error: out of memory; a smaller --batch_size needs less ({reason})")
 
 
 def command(script: str, config) -> str:

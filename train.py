@@ -572,7 +572,8 @@ def finish(config: Config, folder: Path, step: int, cache: prepare_data.Cache, d
         return print(f"Stopped at step {step:,}; go on with: {command_line(config, resume=True)}")
     shared = {"checkpoint": str(folder / "last.pt"), "weights": config.weights,
               "guidance_scale": config.guidance_scale}
-    scoring = evaluate.Config(**shared, data=config.data, steps=config.sample_steps)
+    scoring = evaluate.Config(**shared, data=config.data, steps=config.sample_steps,
+                              compile=config.compile)
     drawing = sample.Config(**shared, prompt=cache.captions[cache.val.pairs[0, 1]])
     if config.score and cache.meta["dataset"] == "shapes":
         try:
@@ -610,6 +611,8 @@ def main(config: Config):
             compute_loss(fast, alpha_bar, precision, *data.read(start)[0]).backward()
         wrapped = compile_guarded(net, config.compile, device, try_out, say)
         optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         if world > 1:
             gpus = [device.index] if device.type == "cuda" else None
             wrapped = DistributedDataParallel(wrapped, gpus)
@@ -632,6 +635,7 @@ def main(config: Config):
                     "null_context": torch.from_numpy(cache.text[0])})
 
         save("last.pt")                                         # proves the disk before the work
+        progress.time = time.perf_counter()
         for step, batches in enumerate(data.stream(start, config.steps), start=start + 1):
             rate = learning_rate(step - 1, config)
             for group in optimizer.param_groups:

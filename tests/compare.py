@@ -51,7 +51,7 @@ MODELS = {f"{fusion}-{how.split('_')[0]}": {"fusion": fusion, "conditioning": ho
           for fusion in ("early", "intermediate") for how in ("concat", "cross_attention")}
 EQUAL_TIME = "intermediate-concat-equal-time"
 SIZES = {       # size -> (constants of prepare_data.py, constants of train.py), where they differ
-    "small": ({}, {"steps": 600}),
+    "small": ({}, {"steps": 1200}),
     "S": ({"out": "data/shapes64", "image_size": 64, "context_len": 77},
           {"width": 512, "heads": 8, "depth": 13, "n_image": 4, "n_text": 4, "init_std": 0.02,
            "batch_size": 256, "steps": 3600, "learning_rate": 5e-4, "warmup": 500})}

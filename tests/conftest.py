@@ -1,4 +1,5 @@
-"""What every test gets: the scripts on the path, one thread, no network and a folder of its own."""
+"""What every test gets: the scripts on the path, a CPU, no network and a folder of its own."""
+import os
 import socket
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # bit for bit is a promise of the CPU alone
 torch.set_num_threads(1)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from model import UserError, describe, override, run
 
@@ -69,6 +70,14 @@ def test_main_gets_the_configuration(monkeypatch, capsys):
     received = []
     assert answer(monkeypatch, capsys, "--steps=3", main=received.append) == (0, "", "")
     assert received == [Config(steps=3)]
+
+
+def test_out_of_memory_is_answered_in_one_line(monkeypatch, capsys):
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+    status, _, err = answer(monkeypatch, capsys, main=full)
+    assert status == 1 and err == ("error: out of memory; a smaller --batch_size needs less "
+                                   "(CUDA out of memory.)\n")
 
 
 # ---- what is refused ----

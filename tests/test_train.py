@@ -427,7 +427,8 @@ def test_weights_without_a_run_cannot_be_gone_on_with():
 @pytest.mark.parametrize("changes, words", [
     ({"batch_size": 0}, "batch_size=0"), ({"precision": "half"}, "--precision=half"),
     ({"compile": "yes"}, "--compile=yes"), ({"data": "data/none"}, "prepare_data.py"),
-    ({"resume": True}, "no run of that name.*Runs in out/: none"), ({"n_fuse": 2}, "n_fuse=2"), ({"seed": -1}, "seed=-1"),
+    ({"resume": True}, "no run of that name.*Runs in out/: none"),
+    ({"n_fuse": 2}, "n_fuse=2"), ({"seed": -1}, "seed=-1"),
     ({"name": "/run"}, "below out/"), ({"sample_steps": 0}, "sample_steps=0")])
 def test_mistakes_are_answered_in_one_sentence(changes, words):
     with pytest.raises(UserError, match=words):
