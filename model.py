@@ -107,8 +107,8 @@ def run(main, Config: type):
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except torch.OutOfMemoryError as error:
-        reason = str(error).partition("\n")[0]
-        sys.exit(f"error: out of memory; a smaller --batch_size needs less ({reason})")
+        advice = "; a smaller --batch_size needs less" if hasattr(Config, "batch_size") else ""
+        sys.exit(f"error: out of memory{advice} ({str(error).splitlines()[0]})")
 
 
 def command(script: str, config) -> str:

@@ -580,7 +580,9 @@ def finish(config: Config, folder: Path, step: int, cache: prepare_data.Cache, d
             if stop:
                 raise KeyboardInterrupt
             evaluate.main(scoring)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
+            smaller = dataclasses.replace(scoring, batch_size=scoring.batch_size // 4)
+            scoring = scoring if isinstance(error, KeyboardInterrupt) else smaller
             print(f"\nThe run is whole and saved, but not scored. Score it with:\n"
                   f"  {command('evaluate.py', scoring)}")
     print(f"Look at {folder / 'samples'}; then draw with:\n  {command('sample.py', drawing)}")

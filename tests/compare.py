@@ -69,9 +69,14 @@ def train_model(config: Config, name: str, choice: dict, steps: int):
     folder, data = folder_of(config, name), prepare.get("out", train.Config.data)
     if not (Path(data) / "meta.json").exists():
         prepare_data.main(prepare_data.Config(**prepare))
-    there = (folder / "last.pt").exists()
-    if there and read_checkpoint(folder / "last.pt")["step"] >= steps:
-        return
+    if there := (folder / "last.pt").exists():
+        checkpoint = read_checkpoint(folder / "last.pt")
+        planned = checkpoint["config"]["steps"]
+        if planned != steps:            # its rate fell to 0 elsewhere: no run of that length
+            raise UserError(f"{folder} is a run of {planned:,} steps, not of {steps:,}: ask for "
+                            "its own --steps and --speed, or move it away.")
+        if checkpoint["step"] >= steps:
+            return
     print(f"\n---- {folder} ----")
     train.main(train.Config(**constants | choice | {
         "data": data, "name": str(folder.relative_to("out")), "seed": config.seed, "resume": there,

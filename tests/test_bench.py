@@ -106,6 +106,12 @@ def test_comparison_trains_evaluates_and_collects_every_model_and_seed(tiny_sett
     assert "of 4 = " not in capsys.readouterr().out             # said at the start of a training
 
 
+def test_a_run_of_another_length_is_neither_taken_nor_prolonged(tiny_setting):
+    compare.train_model(compare.Config(), "early-concat", compare.MODELS["early-concat"], 2)
+    with pytest.raises(UserError, match="early-concat-0 is a run of 2 steps, not of 10"):
+        compare.main(compare.Config(n=4))
+
+
 def test_interrupted_comparison_goes_on_where_it_stopped(tiny_setting, monkeypatch):
     train_main = compare.train.main
 

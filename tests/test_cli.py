@@ -76,8 +76,7 @@ def test_out_of_memory_is_answered_in_one_line(monkeypatch, capsys):
     def full(_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
     status, _, err = answer(monkeypatch, capsys, main=full)
-    assert status == 1 and err == ("error: out of memory; a smaller --batch_size needs less "
-                                   "(CUDA out of memory.)\n")
+    assert status == 1 and err == "error: out of memory (CUDA out of memory.)\n"
 
 
 # ---- what is refused ----
