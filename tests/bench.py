@@ -202,11 +202,11 @@ class Bench:
 
 
 def measure_peak(device: torch.device, precision: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this machine: the best of 10."""
+    """FLOP/s of a large matrix product on this machine: the best of 60."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=precision) for _ in range(2))
     seconds = []
-    for _ in range(12):
+    for _ in range(62):         # seconds on a CPU, which other work may disturb meanwhile
         began = time.perf_counter()
         a @ b
         if device.type == "cuda":
