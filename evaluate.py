@@ -151,7 +151,8 @@ KINDS = ("count", "colour", "shape", "relation", "everything")
 def score_shapes(pictures: Iterable[np.ndarray], captions: list[str]) -> dict[str, dict]:
     """Share right by kind, for seen and unseen combinations apart; pictures (S, S, 3) uint8.
 
-    "count_by_number" is the share with a right count, by the number that the caption asks for.
+    "count_by_number" is the share with a right count, by the number that the caption asks for, of
+    all captions without a relation.
     """
     unknown = [caption for caption in captions if caption not in scene_of()]
     if unknown:
@@ -542,7 +543,7 @@ def draw_samples(pipeline: Pipeline, folder: Path, captions: list[str], guidance
                         f"--data={config.data}: move it away.")
     begin, end, size = len(paths), len(captions), config.batch_size
     evaluations = math.ceil((end - begin) / size) * config.steps
-    if begin < end and (config.compile == "on" or evaluations > 2000):      # else it doesn't pay
+    if begin < end and (config.compile == "on" or evaluations > 2000):      # not measured: a guess
         pipeline.compile(config.compile, captions[begin:begin + size], guidance_scale)
     began = time.perf_counter()
     for i in tqdm(range(begin, end, size), f"sampling {folder}", unit="batch"):

@@ -581,9 +581,10 @@ def finish(config: Config, folder: Path, step: int, cache: prepare_data.Cache, d
                 raise KeyboardInterrupt
             evaluate.main(scoring)
         except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
-            smaller = dataclasses.replace(scoring, batch_size=scoring.batch_size // 4)
-            scoring = scoring if isinstance(error, KeyboardInterrupt) else smaller
-            print(f"\nThe run is whole and saved, but not scored. Score it with:\n"
+            why = "interrupted"
+            if isinstance(error, torch.OutOfMemoryError):
+                why, scoring.batch_size = "out of memory", scoring.batch_size // 4
+            print(f"\nThe run is whole and saved, but not scored ({why}). Score it with:\n"
                   f"  {command('evaluate.py', scoring)}")
     print(f"Look at {folder / 'samples'}; then draw with:\n  {command('sample.py', drawing)}")
 

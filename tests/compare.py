@@ -196,17 +196,17 @@ def draw_pictures(folders: list[Path], columns: int = 8) -> Image.Image:
 
 def report(config: Config):
     group = Path("out") / f"compare-{config.size}"
-    assets = Path(config.to or group)
+    to = Path(config.to or group)
     folders = sorted(path.parent for path in group.glob("*/eval.json"))
     if not folders:
         raise UserError(f"{group} holds no evaluated run: leave out --report=True to train some.")
-    runs, path = [collect(folder) for folder in folders], assets / "results.json"
-    assets.mkdir(parents=True, exist_ok=True)
+    runs, path = [collect(folder) for folder in folders], to / "results.json"
+    to.mkdir(parents=True, exist_ok=True)
     write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | {config.size: runs})
-    draw_curves(runs).save(assets / f"curves-{config.size}.png")
+    draw_curves(runs).save(to / f"curves-{config.size}.png")
     first = [next((folder for folder in folders if folder.name.rsplit("-", 1)[0] == name), None)
              for name in MODELS]
-    draw_pictures(list(filter(None, first))).save(assets / f"compare-{config.size}.png")
+    draw_pictures(list(filter(None, first))).save(to / f"compare-{config.size}.png")
     print_tables(runs)
     print(f"\n{len(runs)} runs are in {path}; look at curves-{config.size}.png and "
           f"compare-{config.size}.png beside it.")

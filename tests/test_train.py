@@ -95,17 +95,21 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(monkeypatch, capsys):
     assert "Stopped at step 2" in printed and "--resume=True" in printed and "--name=run" in printed
 
 
-@pytest.mark.parametrize("when", ["in the last step", "while it is scored"])
-def test_a_run_stopped_at_its_end_says_how_to_score_it(monkeypatch, capsys, when):
-    def interrupted(_):
-        assert when == "while it is scored", "scored, though it was asked to stop"
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train.evaluate, "main", interrupted)
+@pytest.mark.parametrize("when, error, why, batch", [
+    ("in the last step", None, "interrupted", ""),
+    ("while it is scored", KeyboardInterrupt, "interrupted", ""),
+    ("while it is scored", torch.OutOfMemoryError, "out of memory", " --batch_size=25")])
+def test_a_run_that_is_not_scored_says_how_to_do_it(monkeypatch, capsys, when, error, why, batch):
+    def fail(_):
+        assert error, "scored, though it was asked to stop"
+        raise error
+    monkeypatch.setattr(train.evaluate, "main", fail)
     if when == "in the last step":
         stop_after(2, monkeypatch)
     train.main(tiny(steps=2, score=True))
-    assert ("python evaluate.py --checkpoint=out/run/last.pt --data=data/tiny --steps=2"
-            in capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert f"not scored ({why}). Score it with:\n  python evaluate.py" in printed
+    assert f" --checkpoint=out/run/last.pt --data=data/tiny --steps=2{batch}\n" in printed
 
 
 def test_a_resume_with_another_architecture_or_cache_is_refused_with_the_right_command():
