@@ -11,36 +11,35 @@ same bytes at the end of a word, the 48,894 merges, start, end. Padding is the e
 U-ViT and Stable Diffusion; a caption that is too long is truncated and keeps its end token.
 
 The tower is a transformer with a causal mask. U-ViT and the paper condition on its features after
-the final layer norm, at all 77 positions. The pooled feature (at the end token, projected) is what
-the CLIP score compares with an image's.
+the final layer norm, at all 77 positions; the CLIP score compares the pooled feature (at the end
+token, projected) with an image's. The shapes have a stand-in, small, random, never trained.
 
-Its architecture is read off the weights, in OpenAI's own files or Hugging Face's. The shapes have a
-stand-in, `random_clip_text`: the same class, small, randomly initialised, never trained.
-
-[CLIP] arXiv 2103.00020. assets/bpe_simple_vocab_16e6.txt.gz is OpenAI's merge table (MIT), as
-shipped by open_clip_torch.
+Three parts: 1 tokenizer, 2 text tower, 3 weight files.
+[CLIP] arXiv 2103.00020; the merge table in assets/ is OpenAI's (MIT), as open_clip_torch ships it
 """
 import gzip
 import hashlib
 import html
 import itertools
-from collections import OrderedDict
+import pickle
+import zipfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import ftfy
 import regex
 import torch
 import torch.nn as nn
 
-from model import UserError, find_encoder, load_strictly, read_weights
+from model import UserError, find_weights, load_strictly, read_weights, reading
 
 CONTEXT_LEN = 77            # L, tokens of a caption, start and end included
 VOCABULARY = 49408
 START, END = 49406, 49407
+LONGEST = 2000              # characters of a caption: more than 77 tokens can hold
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 MERGES = Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
-MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 
 # ---- 1. tokenizer ----
@@ -50,35 +49,33 @@ WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d
                      r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
-def byte_characters() -> dict[int, str]:
-    """A printable character for each of the 256 bytes, in the order of the vocabulary."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return ({byte: chr(byte) for byte in printable}
-            | {byte: chr(256 + i) for i, byte in enumerate(others)})
+def tokenize(captions: list[str], length: int = CONTEXT_LEN) -> torch.Tensor:
+    """Captions -> (B, length) int64, padded with the end token, which truncated ones keep."""
+    tokens = torch.full((len(captions), length), END)
+    for row, caption in zip(tokens, captions):
+        ids = [START, *encode(caption)][:length - 1]
+        row[:len(ids)] = torch.tensor(ids)
+    return tokens
 
 
-@cache
-def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """(token -> id, pair -> rank among the merges)."""
-    table = MERGES.read_bytes()
-    if hashlib.sha256(table).hexdigest() != MERGES_SHA256:
-        raise RuntimeError(f"{MERGES} is damaged: its SHA-256 is not {MERGES_SHA256}. "
-                           "Restore it from the repository.")
-    lines = gzip.decompress(table).decode().split("\n")[1:VOCABULARY - 512 - 2 + 1]    # 0: a header
-    merges = [tuple(line.split()) for line in lines]
-    characters = list(byte_characters().values())
-    tokens = [*characters, *(c + "</w>" for c in characters), *map("".join, merges), *SPECIAL]
-    return {token: i for i, token in enumerate(tokens)}, {pair: i for i, pair in enumerate(merges)}
+def count_truncated(captions: list[str], length: int = CONTEXT_LEN) -> int:
+    """How many of the captions `tokenize` cuts short."""
+    return sum(len(encode(caption)) + 2 > length for caption in captions)
+
+
+def encode(caption: str) -> list[int]:
+    """Token ids of a caption, without start and end; of a very long one, of its beginning."""
+    text = ftfy.fix_text(caption[:LONGEST])
+    text = html.unescape(html.unescape(text)).lower()           # &amp;lt; -> <, as OpenAI does
+    return [i for word in WORD.findall(text) for i in encode_word(word)]
 
 
 @cache
 def encode_word(word: str) -> list[int]:
     """The token ids of one word: merge the pair of the lowest rank until none is in the table."""
-    ids, ranks = vocabulary()
+    characters, ids, ranks = vocabulary()
     if word in SPECIAL:
         return [ids[word]]
-    characters = byte_characters()
     parts = [characters[byte] for byte in word.encode()]
     parts[-1] += "</w>"
     while len(parts) > 1:
@@ -91,32 +88,23 @@ def encode_word(word: str) -> list[int]:
     return [ids[part] for part in parts]
 
 
-def encode(caption: str) -> list[int]:
-    """Token ids of a caption, without start and end, of any length."""
-    text = html.unescape(html.unescape(ftfy.fix_text(caption))).lower()
-    return [i for word in WORD.findall(text) for i in encode_word(word)]
-
-
-def tokenize(captions: list[str], length: int = CONTEXT_LEN) -> torch.Tensor:
-    """Captions -> (B, length) int64, padded with the end token, which truncated ones keep."""
-    begun = [[START, *encode(caption)][:length - 1] for caption in captions]
-    rows = [ids + [END] * (length - len(ids)) for ids in begun]
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(captions), length)
-
-
-def count_truncated(captions: list[str], length: int = CONTEXT_LEN) -> int:
-    """How many of the captions `tokenize` cuts short."""
-    return sum(len(encode(caption)) + 2 > length for caption in captions)
+@cache
+def vocabulary() -> tuple[dict[int, str], dict[str, int], dict[tuple[str, str], int]]:
+    """(byte -> a printable character, token -> id, pair -> rank among the merges)."""
+    with reading(MERGES, "OpenAI's merge table, which comes with this repository"):
+        lines = gzip.decompress(MERGES.read_bytes()).decode().split("\n")
+    merges = [tuple(line.split()) for line in lines[1:48_895]]      # 0 is a header
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    characters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    tokens = [*characters.values(), *(character + "</w>" for character in characters.values())]
+    tokens += ["".join(pair) for pair in merges] + SPECIAL
+    ids = {token: i for i, token in enumerate(tokens)}
+    return characters, ids, {pair: i for i, pair in enumerate(merges)}
 
 
 # ---- 2. text tower ----
-
-class QuickGELU(nn.Module):
-    """CLIP was trained with this approximation; the exact GELU would give other features."""
-
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
 
 class CLIPBlock(nn.Module):
     """The pre-norm transformer block of both towers, with OpenAI's parameter names."""
@@ -126,13 +114,15 @@ class CLIPBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(),
-                                             c_proj=nn.Linear(4 * width, width)))
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width),
+                                  "c_proj": nn.Linear(4 * width, width)})
 
     def forward(self, x, mask=None):            # (B, L, width), (L, L) or None
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
-        return x + self.mlp(self.ln_2(x))
+        y = self.mlp["c_fc"](self.ln_2(x))
+        y = y * torch.sigmoid(1.702 * y)        # QuickGELU: the exact GELU gives other features
+        return x + self.mlp["c_proj"](y)
 
 
 class CLIPTransformer(nn.Module):
@@ -157,87 +147,60 @@ class CLIPText(nn.Module):
         self.transformer = CLIPTransformer(width, layers, heads)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, projection))
-        mask = torch.full((context_len, context_len), float("-inf")).triu(1)
-        self.register_buffer("mask", mask, persistent=False)    # causal: no token sees a later one
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, L) -> features (B, L, width) after the final norm, pooled (B, projection)."""
         L = tokens.shape[1]
         x = self.token_embedding(tokens) + self.positional_embedding[:L]        # (B, L, width)
-        x = self.ln_final(self.transformer(x, self.mask[:L, :L]))
+        mask = x.new_full((L, L), float("-inf")).triu(1)        # no token sees a later one
+        x = self.ln_final(self.transformer(x, mask))
         end = tokens.argmax(dim=-1)             # the first end token: it has the highest id
         return x, x[torch.arange(len(x)), end] @ self.text_projection
+
+
+@torch.no_grad()
+def encode_captions(tower: CLIPText, captions: list[str],
+                    length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions -> features (B, length, E), pooled (B, projection), in float32."""
+    device = tower.positional_embedding.device
+    tokens = tokenize(captions, length).to(device)
+    with torch.autocast(device.type, enabled=False):
+        features, pooled = zip(*[tower(part) for part in tokens.split(64)])
+    return torch.cat(features), torch.cat(pooled)
 
 
 def random_clip_text(seed: int, context_len: int) -> CLIPText:
     """A small text tower with random weights, a function of `seed`: the stand-in for the shapes.
 
-    Embeddings outweigh what the untrained blocks add, so that a feature still tells its own word
-    from others. All machines give the same bits: torch's normal numbers differ between kinds of
-    CPU, but its uniform ones have 24 bits, and a range of a power of two rounds none of them away.
+    Embeddings outweigh what the untrained blocks add: a feature still tells its word from others.
+    Uniform numbers of 24 bits, in a range of a power of two, are the same on every machine.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):     # torch's layers draw from the global generator
         tower = CLIPText(width=64, layers=2, heads=2, projection=64, context_len=context_len)
+    bounds = {"token_embedding.weight": 2, "positional_embedding": 1}
     for name, parameter in tower.named_parameters():
+        bound = bounds.get(name, 1 / 8)
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif parameter.ndim == 2:               # the weights of layer norms are 1
-            bound = {"token_embedding.weight": 2, "positional_embedding": 1}.get(name, 1 / 8)
             nn.init.uniform_(parameter, -bound, bound, generator)
     return tower.eval().requires_grad_(False)
 
 
 # ---- 3. weight files ----
 
-RENAMED = {     # parts of Hugging Face's names -> OpenAI's, replaced in this order
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.embeddings.": "", "text_model.encoder.layers.": "transformer.resblocks.",
-    "text_model.final_layer_norm.": "ln_final.", "text_projection.weight": "text_projection",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
-    "vision_model.embeddings.": "visual.",
-    "vision_model.pre_layrnorm.": "visual.ln_pre.",             # the typo is in the files
-    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-    "vision_model.post_layernorm.": "visual.ln_post.", "visual_projection.weight": "visual.proj",
-    ".layer_norm1.": ".ln_1.", ".layer_norm2.": ".ln_2.", ".self_attn.": ".attn.",
-    ".mlp.fc1.": ".mlp.c_fc.", ".mlp.fc2.": ".mlp.c_proj."}
+CLIP_FILE = "CLIP's weights (OpenAI's ViT-L-14.pt, Hugging Face's .bin or .safetensors)"
 NOT_WEIGHTS = ("position_ids", "input_resolution", "context_length", "vocab_size", "logit_scale")
-
-
-def openai_names(state: dict) -> dict:
-    """The weights of both towers of a CLIP file, Hugging Face's or OpenAI's, by OpenAI's names."""
-    named = {}
-    for key, tensor in state.items():
-        name = key
-        for theirs, ours in RENAMED.items():
-            name = name.replace(theirs, ours)
-        named[name] = tensor.T if key.endswith("_projection.weight") else tensor
-    for query in [name for name in named if ".attn.q_proj." in name]:
-        parts = [query.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-        if all(part in named for part in parts):
-            named[query.replace("q_proj.", "in_proj_")] = torch.cat([*map(named.pop, parts)])
-    return {key: tensor for key, tensor in named.items() if key.split(".")[-1] not in NOT_WEIGHTS}
-
-
-def read_tower(path: str | Path, tower: str, needed: list[str]) -> tuple[dict, dict]:
-    """The weights of a CLIP file's "text" or "image" tower and its sizes, {width, layers, heads}.
-
-    UserError if one of the `needed` weights, off which sizes are read, is not there.
-    """
-    weights = openai_names(read_weights(path))
-    state = {name.removeprefix("visual."): tensor for name, tensor in weights.items()
-             if name.startswith("visual.") == (tower == "image")}
-    for name in needed:
-        if name not in state:
-            raise UserError(f"{path} holds no CLIP {tower} tower: there is no {name}. Expected "
-                            "OpenAI's archive (ViT-L-14.pt) or Hugging Face's pytorch_model.bin.")
-    width = state["positional_embedding"].shape[1]
-    if width % 64:
-        raise UserError(f"{path}: its {tower} tower has width {width}; expected a multiple of 64, "
-                        "the width of a CLIP head.")
-    layers = len({key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")})
-    return state, {"width": width, "layers": layers, "heads": width // 64}
+RENAMED = {     # parts of Hugging Face's names -> OpenAI's, replaced in this order
+    "text_model.": "", "vision_model.": "visual.",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.patch_embedding.": "conv1.", "embeddings.": "",
+    "encoder.layers.": "transformer.resblocks.", "self_attn.": "attn.",
+    "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.", "fc1.": "c_fc.", "fc2.": "c_proj.",
+    "final_layer_norm.": "ln_final.", "post_layernorm.": "ln_post.",
+    "pre_layrnorm.": "ln_pre.",                 # the typo is in the files
+    "text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj"}
 
 
 def load_clip_text(path: str | Path) -> CLIPText:
@@ -248,10 +211,84 @@ def load_clip_text(path: str | Path) -> CLIPText:
     """
     state, sizes = read_tower(path, "text", ["token_embedding.weight", "positional_embedding"])
     state.setdefault("text_projection", torch.empty(sizes["width"], 0))
-    net = CLIPText(**sizes, projection=state["text_projection"].shape[1],
-                   context_len=len(state["positional_embedding"]),
-                   vocabulary_size=len(state["token_embedding.weight"]))
+    with reading(path, CLIP_FILE):
+        net = CLIPText(**sizes, projection=state["text_projection"].shape[1],
+                       context_len=len(state["positional_embedding"]),
+                       vocabulary_size=len(state["token_embedding.weight"]))
     return load_strictly(net, state, path).eval().requires_grad_(False)
+
+
+def read_tower(path: str | Path, tower: str, needed: list[str]) -> tuple[dict, dict]:
+    """The weights of a CLIP file's "text" or "image" tower and its sizes, {width, layers, heads}.
+
+    The `needed` weights, off which sizes are read, are matrices (or more), or else UserError.
+    """
+    with reading(path, CLIP_FILE):
+        weights = openai_names(read_openai_archive(path) or read_weights(path))
+        state = {name.removeprefix("visual."): tensor for name, tensor in weights.items()
+                 if name.startswith("visual.") == (tower == "image")}
+        for name in needed:
+            if name not in state or state[name].ndim < 2:
+                raise UserError(f"{path} holds no {tower} tower of CLIP: {name} is missing.")
+        width = state["positional_embedding"].shape[1]
+        if width % 64:                          # the width of a head of CLIP
+            raise UserError(f"{path}: the {tower} tower's width {width} is no multiple of 64.")
+        layers = {key.split(".")[2] for key in state if key.startswith("transformer.")}
+    return state, {"width": width, "layers": len(layers), "heads": width // 64}
+
+
+def openai_names(state: dict) -> dict:
+    """The weights of both towers of a CLIP file, Hugging Face's or OpenAI's, by OpenAI's names."""
+    named = {}
+    for key, tensor in state.items():
+        name = key
+        for theirs, ours in RENAMED.items():
+            name = name.replace(theirs, ours)
+        if name.split(".")[-1] not in NOT_WEIGHTS:
+            named[name] = tensor.T if key.endswith("_projection.weight") else tensor
+    for query in [name for name in named if "q_proj" in name]:
+        parts = [named.pop(query.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        named[query.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return named
+
+
+def read_openai_archive(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights in OpenAI's archive, a TorchScript program, of which nothing is run.
+
+    NAME/data.pkl is a tree of modules, NAME/data/KEY the bytes of a tensor. {} for other files.
+    """
+    def rebuild_tensor(storage, start, size, stride, *_):
+        return storage.as_strided(size, stride, start)
+
+    known = {"HalfStorage": torch.float16, "FloatStorage": torch.float32,
+             "LongStorage": torch.int64, "OrderedDict": dict,
+             "_rebuild_tensor_v2": rebuild_tensor}
+
+    class Reader(pickle._Unpickler):        # in Python: that in C can be made to fill the memory
+        def find_class(self, module, name):
+            if module.startswith("__torch__"):
+                return SimpleNamespace      # an object without behaviour
+            return known[name]              # a KeyError if it is not part of CLIP
+
+        def persistent_load(self, reference):           # "storage", dtype, key, device, length
+            data = archive.read(f"{folder}/data/{reference[2]}")        # checks their CRC
+            return torch.frombuffer(bytearray(data), dtype=reference[1])
+
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else [""]
+    folder = names[0].split("/")[0]
+    if f"{folder}/constants.pkl" not in names:
+        return {}
+    with zipfile.ZipFile(path) as archive:
+        modules = [("", Reader(archive.open(f"{folder}/data.pkl")).load())]
+    state = {}
+    for prefix, module in modules:                  # the list grows on the way
+        for name, value in vars(module).items():
+            if isinstance(value, SimpleNamespace):
+                modules.append((f"{prefix}{name}.", value))
+            elif isinstance(value, torch.Tensor):
+                state[prefix + name] = value
+        vars(module).clear()                        # a tree that contains itself has an end
+    return state
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -266,13 +303,12 @@ def load_text_tower(description: dict, folder: str | Path) -> CLIPText:
     """The very text tower that a data cache or a checkpoint was made with, or UserError.
 
     `description`, its meta["text_tower"], is {"kind": "random", "seed", "context_len", "sha256"},
-    which is drawn anew, or {"kind": "clip", "file", "sha256"}, a file in `folder`.
+    which is drawn again, or {"kind": "clip", "file", "sha256"}, a file in `folder`.
     """
-    if description["kind"] == "random":
-        tower = random_clip_text(description["seed"], description["context_len"])
-        if weights_sha256(tower) != description["sha256"]:
-            raise UserError(f"torch {torch.__version__} draws other random numbers for the text "
-                            "tower than the torch that the cache or checkpoint was made with; "
-                            "install the version in requirements.txt.")
-        return tower
-    return load_clip_text(find_encoder(description, folder, "the text tower"))
+    if description["kind"] == "clip":
+        return load_clip_text(find_weights(description, folder, "the text tower"))
+    tower = random_clip_text(description["seed"], description["context_len"])
+    if weights_sha256(tower) != description["sha256"]:
+        raise UserError(f"torch {torch.__version__} draws other random numbers for the text tower "
+                        "than when the data was prepared: install that of requirements.txt.")
+    return tower

@@ -1,4 +1,4 @@
-"""U-ViT, and the place where text enters it. What two scripts must agree on lives here.
+"""U-ViT, and the place where text enters it. What all scripts share follows at the end.
 
 A U-ViT predicts the noise in a latent. It cuts the latent into N = (H/P)(W/P) patches, prepends one
 time token, and runs a stack of transformer blocks, in which block i also hands its tokens to block
@@ -21,155 +21,60 @@ How the text is let in does not depend on where, and uses the same blocks and th
 Neither the text blocks nor the text's keys and values depend on t or zt, so `encode_text` runs once
 per prompt and `denoise` once per step. Parameter names are those of the official U-ViT release.
 
-Five parts: 1 command line, 2 noise schedule, 3 layers, 4 the network, 5 checkpoints.
+The method: 1 noise schedule, 2 layers, 3 the network. Shared by the scripts: 4 devices, 5 files,
+6 checkpoints, 7 command line.
 [IF] arXiv 2403.16530   [U-ViT] arXiv 2209.12152   [LDM] arXiv 2112.10752
 """
+import argparse
 import dataclasses
 import difflib
 import hashlib
 import inspect
 import json
 import math
+import os
 import pickle
 import re
 import shlex
-import struct
+import sqlite3
 import sys
-import warnings
+import time
 import zipfile
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import NoneType
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-
-# ---- 1. command line ----
-
-class UserError(ValueError):
-    """A mistake of the user: the message says what was given, what was expected and what to do."""
-
-
-def parse_value(key: str, text: str, kind: type):
-    """Read `text` as `kind` (int, float, bool or str), or raise UserError."""
-    try:
-        value = {"True": True, "False": False}[text] if kind is bool else kind(text)
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-        return value
-    except (KeyError, ValueError):
-        expected = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"--{key}={text}: expected {expected}.") from None
+# Kinds of constants, with their least and greatest value; `Constants` checks them.
+Positive = Annotated[int, 1, 2 ** 31 - 1]
+Natural = Annotated[int, 0, 2 ** 31 - 1]
+Size = Annotated[int, 1, 2 ** 14]               # of a layer or a picture
+Share = Annotated[float, 0, 1]
+FilePath = Annotated[str, "path"]               # may begin with ~
 
 
-def override(Config: type, arguments: list[str]):
-    """The dataclass `Config` with `--key=value` arguments applied; UserError for anything else."""
-    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
-    values = {}
-    for argument in arguments:
-        key, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            value = "True" if kinds.get(key) is bool else "VALUE"
-            form = f"--{key}={value}" if key in kinds else "--key=value"
-            raise UserError(f"{argument!r} is not an override; write it as {form}.")
-        if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)[0]
-            raise UserError(f"--{key} is not a constant of this script; did you mean --{near}? "
-                            "(--help lists all)")
-        values[key] = parse_value(key, text, kinds[key])
-    return Config(**values)
-
-
-def describe(Config: type) -> str:
-    """The `--help` text of a Config: every constant with its default and its source comment."""
-    lines = []
-    for source in inspect.getsource(Config).splitlines():
-        if match := re.match(r"    (\w+): \w+ = (.*?)(?:\s+# (.*))?$", source):
-            name, default, comment = match.groups(default="")
-            lines.append(f"  --{name}={default:<{max(1, 36 - len(name))}} {comment}".rstrip())
-        elif source.startswith("    # "):
-            lines.append(f"\n{source[6:]}" if lines else source[6:])
-    return "\n".join(lines)
-
-
-def run(main, Config: type):
-    """Run one script: parse its command line, call `main(config)`, answer a mistake in one line."""
-    arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        print(inspect.getmodule(Config).__doc__.strip())
-        print("\nConstants (edit them in the file, or override with --key=value):\n")
-        return print(describe(Config))
-    try:
-        main(override(Config, arguments))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except torch.OutOfMemoryError as error:
-        advice = "; a smaller --batch_size needs less" if hasattr(Config, "batch_size") else ""
-        sys.exit(f"error: out of memory{advice} ({str(error).splitlines()[0]})")
-
-
-def command(script: str, config) -> str:
-    """The command line of a configuration: what differs from the constants in the file."""
-    differs = [f"--{field.name}={value}" for field in dataclasses.fields(config)
-               if (value := getattr(config, field.name)) != field.default]
-    return shlex.join(["python", script, *differs])
-
-
-def choose_device() -> torch.device:
-    """The fastest device of this machine."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_precision(device: torch.device) -> torch.dtype:
-    """The fastest safe type for matrix products: bfloat16 where the device computes in it."""
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return torch.bfloat16 if capability >= (8, 0) else torch.float16
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16       # measured: 2 times faster with these instructions, else slower
-    return torch.float32
-
-
-def autocast(device: torch.device, precision: torch.dtype | None = None):
-    """Matrix products in `precision`; norms, softmax, residuals and weights stay float32."""
-    precision = precision or choose_precision(device)
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
-
-
-def compile_guarded(function, mode: str, device: torch.device, try_out, say=print):
-    """torch.compile(function), after `try_out` of it; where that fails, say why and go on without.
-
-    mode: "on", "off" or "auto", which is on for CUDA alone, since a CPU gains only 3%.
-    """
-    if mode == "off" or (mode == "auto" and device.type != "cuda"):
-        return function
-    try:
-        fast = torch.compile(function)
-        try_out(fast)
-        return fast
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:      # whatever goes wrong in a compiler must not cost the work
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        say(f"torch.compile failed and is off ({type(error).__name__}: {reason:.200}).")
-        return function
-
-
-# ---- 2. noise schedule ----
+# ---- 1. noise schedule ----
 
 def noise_schedule() -> torch.Tensor:
-    """alpha_bar (1001,) in float64: zt = sqrt(alpha_bar[t]) z0 + sqrt(1 - alpha_bar[t]) eps."""
-    # t is in 1..1000, alpha_bar[0] = 1. "Scaled linear" betas of Stable Diffusion [LDM] and U-ViT:
+    """alpha_bar (1001,) in float64, for t in 0..1000; alpha_bar[0] = 1."""
+    # "Scaled linear" betas of Stable Diffusion [LDM] and U-ViT
     beta = torch.linspace(0.00085 ** 0.5, 0.0120 ** 0.5, 1000, dtype=torch.float64) ** 2
     return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, dim=0)])
 
 
-# ---- 3. layers ----
+def add_noise(z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor,
+              alpha_bar: torch.Tensor) -> torch.Tensor:
+    """zt = sqrt(alpha_bar[t]) z0 + sqrt(1 - alpha_bar[t]) eps, (B, C, H, W), at t (B,)."""
+    a = alpha_bar[t][:, None, None, None]                               # (B, 1, 1, 1)
+    return a.sqrt() * z0 + (1 - a).sqrt() * eps
+
+
+# ---- 2. layers ----
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Time steps (B,) in 1..1000 -> (B, dim), cosines then sines: the time token itself [U-ViT]."""
@@ -199,15 +104,16 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (B, h, S, D/h)
 
     def keys_values(self, x):
-        """The keys and the values alone, (B, h, S, D/h) each: the same rows of the same matrix."""
-        kv = F.linear(x, self.qkv.weight[x.shape[-1]:])                 # (B, S, 2D)
-        return [self.split_heads(part) for part in kv.chunk(2, dim=-1)]
+        """Keys and values alone, (B, S, 2D): the same rows of the same matrix."""
+        return F.linear(x, self.qkv.weight[x.shape[-1]:])
 
-    def forward(self, x, text_keys_values=None):                        # (B, S, D)
+    def forward(self, x, text_kv=None):                                 # (B, S, D), (B, L, 2D)
         q, k, v = [self.split_heads(part) for part in self.qkv(x).chunk(3, dim=-1)]
-        if text_keys_values is not None:                                # k, v: (B, h, S+L, D/h)
-            k, v = [torch.cat(pair, dim=2) for pair in zip((k, v), text_keys_values)]
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        if text_kv is not None:
+            text_k, text_v = [self.split_heads(part) for part in text_kv.chunk(2, dim=-1)]
+            k = torch.cat([k, text_k], dim=2)                           # (B, h, S+L, D/h)
+            v = torch.cat([v, text_v], dim=2)
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))     # (B, S, D)
 
 
 class Mlp(nn.Module):
@@ -232,61 +138,51 @@ class Block(nn.Module):
         if skip:
             self.skip_linear = nn.Linear(2 * width, width)
 
-    def keys_values(self, text):
-        return self.attn.keys_values(self.norm1(text))
-
     def merge(self, x, skip):
         """Merge (B, S, D) with a skip (B, S', D) on the tokens of both, the first min(S, S')."""
         n = min(x.shape[1], skip.shape[1])
         merged = self.skip_linear(torch.cat([x[:, :n], skip[:, :n]], dim=-1))
         return torch.cat([merged.to(x.dtype), x[:, n:]], dim=1)         # stays float32 in autocast
 
-    def forward(self, x, text_keys_values=None):                        # (B, S, D)
-        x = x + self.attn(self.norm1(x), text_keys_values)
+    def forward(self, x, text_kv=None):                                 # (B, S, D)
+        x = x + self.attn(self.norm1(x), text_kv)
         return x + self.mlp(self.norm2(x))
 
 
-# ---- 4. the network ----
+# ---- 3. the network ----
 
 @dataclasses.dataclass
 class UViTConfig:
-    fusion: str                 # "early" or "intermediate": where text meets the image
-    conditioning: str           # "concat" or "cross_attention": how
-    depth: int = 13             # early: blocks in the stack, all of which see the text
-    n_image: int = 4            # intermediate: image-only blocks on each side
-    n_fuse: int = 3             # intermediate: blocks that see the text, around the bottleneck
-    n_text: int = 4             # intermediate: text-only blocks before them
+    """What a UViT is made of; raises UserError where that is impossible."""
+    fusion: Literal["early", "intermediate"]                # where text meets the image
+    conditioning: Literal["concat", "cross_attention"]      # how
+    depth: Size = 13            # early: blocks in the stack, all of which see the text
+    n_image: Natural = 4        # intermediate: image-only blocks on each side
+    n_fuse: Size = 3            # intermediate: blocks that see the text, around the bottleneck
+    n_text: Natural = 4         # intermediate: text-only blocks before them
     fuse_shift: int = 0         # intermediate: moves the window; 0 = centred on the bottleneck
-    image_size: int = 32        # side of the latent, in its own pixels
-    channels: int = 4           # of the latent
-    patch_size: int = 2
-    width: int = 512
-    heads: int = 8
-    context_len: int = 77       # L, text tokens
-    context_dim: int = 768      # E, width of the text features
+    image_size: Size = 32       # side of the latent, in its own pixels
+    channels: Size = 4          # of the latent
+    patch_size: Size = 2
+    width: Size = 512
+    heads: Size = 8
+    context_len: Size = 77      # L, text tokens
+    context_dim: Size = 768     # E, width of the text features
 
     def __post_init__(self):
-        def require(name, holds, expected):
-            if not holds:
-                raise UserError(f"{name}={getattr(self, name)!r}: expected {expected}.")
-
-        require("fusion", self.fusion in ("early", "intermediate"), "'early' or 'intermediate'")
-        require("conditioning", self.conditioning in ("concat", "cross_attention"),
-                "'concat' or 'cross_attention'")
-        for name in ("depth", "n_fuse", "image_size", "channels", "patch_size", "width", "heads",
-                     "context_len", "context_dim"):
-            require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("n_image", "n_text"):
-            require(name, getattr(self, name) >= 0, "0 or more")
-        early, n, P = self.fusion == "early", self.n_image, self.patch_size
-        require("depth" if early else "n_fuse", self.blocks % 2 == 1, "an odd number, since "
-                "the stack has as many blocks before its middle block as after it")
-        require("fuse_shift", early or abs(self.fuse_shift) <= n, "-n_image..n_image, that is "
-                f"{-n}..{n}, or the window of n_fuse={self.n_fuse} blocks would leave the stack")
-        require("image_size", self.image_size % P == 0, f"a multiple of patch_size={P}")
-        require("width", self.width % self.heads == 0, f"a multiple of heads={self.heads}")
-        require("width", self.width % 4 == 0,
-                "a multiple of 4, for sines and cosines of row and column")
+        Constants.__post_init__(self)
+        if self.blocks % 2 == 0:
+            name = "depth" if self.fusion == "early" else "n_fuse"
+            raise UserError(f"{name}={getattr(self, name)}: expected an odd number of blocks.")
+        if self.fusion == "intermediate" and abs(self.fuse_shift) > self.n_image:
+            raise UserError(f"fuse_shift={self.fuse_shift}: expected at most "
+                            f"n_image={self.n_image}, or the window would leave the stack.")
+        if self.image_size % self.patch_size:
+            raise UserError(f"patch_size={self.patch_size}: expected a divisor of the latent's "
+                            f"side, {self.image_size}.")
+        if self.width % self.heads or self.width % 4:
+            raise UserError(f"width={self.width}: expected a multiple of 4 and of "
+                            f"heads={self.heads}.")
 
     @property
     def blocks(self) -> int:            # in the stack
@@ -316,7 +212,7 @@ class UViT(nn.Module):
         L, N, half = config.context_len, config.image_tokens, config.blocks // 2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(C, D, kernel_size=P, stride=P)})
         self.context_embed = nn.Linear(config.context_dim, D)
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + L + N, D))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + L + N, D))     # time, text, image
         self.text_blocks = nn.ModuleList(Block(D, h) for _ in range(config.text_blocks))
         self.in_blocks = nn.ModuleList(Block(D, h) for _ in range(half))
         self.mid_block = Block(D, h)
@@ -339,46 +235,58 @@ class UViT(nn.Module):
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
     def positions(self):
-        """The learned positions of (time, text, image), in the order of the official file."""
+        """The learned positions of (time, text, image), (1, 1, D), (1, L, D), (1, N, D)."""
         return self.pos_embed.split([1, self.config.context_len, self.config.image_tokens], dim=1)
 
-    def encode_text(self, context: torch.Tensor):
+    def encode_text(self, context: torch.Tensor) -> torch.Tensor:
         """The half that needs the text alone, context (B, L, E): run it once per prompt.
 
         Gives what `denoise` takes: for concat text tokens (B, L, D), for cross_attention the keys
-        and values of the blocks in the window, [(k, v), ...], (B, h, L, D/h) each.
+        and values of each block in the window (B, n_fuse, L, 2D).
         """
         text = self.context_embed(context) + self.positions()[1]        # (B, L, D)
         for block in self.text_blocks:
             text = block(text)
         if self.config.conditioning == "concat":
             return text
-        return [self.stack[i].keys_values(text) for i in self.config.window]
+        window = [self.stack[i] for i in self.config.window]
+        return torch.stack([block.attn.keys_values(block.norm1(text)) for block in window], dim=1)
 
-    def denoise(self, zt: torch.Tensor, t: torch.Tensor, text) -> torch.Tensor:
+    def denoise(self, zt: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """The half that runs at each step, with the text of `encode_text`.
 
         zt (B, C, H, W), t (B,) in 1..1000, text -> predicted noise (B, C, H, W).
         """
-        window, concat = self.config.window, self.config.conditioning == "concat"
-        keys_values = {} if concat else dict(zip(window, text))         # block -> text's (k, v)
         time_pos, _, image_pos = self.positions()
         time = timestep_embedding(t, self.config.width)[:, None]        # (B, 1, D)
         image = self.patch_embed["proj"](zt).flatten(2).mT              # (B, N, D)
         x = torch.cat([time + time_pos, image + image_pos], dim=1)      # (B, 1+N, D)
+
         skips, middle = [], len(self.in_blocks)
-        for i, block in enumerate(self.stack):
-            if concat and i == window.start:
-                x = torch.cat([x, text], dim=1)                         # (B, 1+N+L, D) text enters
-            if i > middle:
-                x = block.merge(x, skips.pop())                         # from block depth-1-i
-            x = block(x, keys_values.get(i))
-            if i < middle:
-                skips.append(x)
-            if concat and i == window.stop - 1:
-                x = x[:, :-text.shape[1]]                               # (B, 1+N, D) text leaves
+        for i, block in enumerate(self.in_blocks):
+            x = self.fuse(i, block, x, text)
+            skips.append(x)                                             # for block depth-1-i
+        x = self.fuse(middle, self.mid_block, x, text)
+        for i, block in enumerate(self.out_blocks, start=middle + 1):
+            x = block.merge(x, skips.pop())
+            x = self.fuse(i, block, x, text)
+
         x = self.decoder_pred(self.norm(x[:, 1:]))                      # (B, N, P*P*C)
         return self.final_layer(self.unpatchify(x))                     # (B, C, H, W)
+
+    def fuse(self, i, block, x, text):
+        """Block i of the stack on x (B, 1+N, D); inside the window it also sees the text."""
+        window = self.config.window
+        if i not in window:
+            return block(x)
+        if self.config.conditioning == "cross_attention":
+            return block(x, text[:, i - window.start])
+        if i == window.start:
+            x = torch.cat([x, text], dim=1)                             # (B, 1+N+L, D) text enters
+        x = block(x)
+        if i == window.stop - 1:
+            x = x[:, :-text.shape[1]]                                   # (B, 1+N, D) text leaves
+        return x
 
     def unpatchify(self, x):
         """(B, N, P*P*C) -> (B, C, H, W); the order in a patch is row, column, channel [U-ViT]."""
@@ -391,11 +299,11 @@ class UViT(nn.Module):
         return self.denoise(zt, t, self.encode_text(context))
 
     @torch.no_grad()
-    def start_positions_as_waves(self):
+    def init_sincos_positions(self):
         """Start the image positions, still learned, as sines and cosines of row and column.
 
         U-ViT: normal(0.02). Wavelengths from 4 patches to twice the side make neighbours alike and
-        others not. A short run then draws whole shapes, not fragments (README, "Where we differ").
+        others not: a short run then draws whole shapes, not fragments (tests/RESULTS.md).
         """
         side, D = self.config.image_size // self.config.patch_size, self.config.width
         wavelength = torch.logspace(2, math.log2(2 * side), D // 4, base=2)
@@ -418,49 +326,117 @@ def count_multiply_adds(config: UViTConfig) -> tuple[int, int]:
     return once.get_total_flops() // 2, each_step.get_total_flops() // 2
 
 
-# ---- 5. weight files and checkpoints ----
+# ---- 4. devices ----
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, raw bytes."""
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "U8": torch.uint8,
-             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header, tensors = json.loads(data[8:start]), {}
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        raw = bytearray(data[start + begin:start + end])
-        tensors[name] = torch.frombuffer(raw, dtype=types[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+def choose_device() -> torch.device:
+    """The fastest device of this machine."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def read_weights(path: str | Path) -> dict:
-    """The dict in a torch file, a TorchScript archive (its state dict) or a .safetensors file."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file "
-                        "(addresses of public weights: FILES in prepare_data.py).")
-    size = f"{path.stat().st_size:,} bytes"
-    with open(path, "rb") as file:
-        if file.read(512).lstrip().startswith(b"<"):
-            raise UserError(f"{path} has {size} and looks like HTML, not like weights: "
-                            "the download went wrong; fetch it again.")
+def choose_precision(device: torch.device, name: str = "auto") -> torch.dtype:
+    """The fastest safe type for matrix products: bfloat16 where the device computes in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if capability >= (8, 0) else torch.float16
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16       # measured: 2 times faster with these instructions, else slower
+    return torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype | None = None):
+    """Matrix products in `precision`; norms, softmax, residuals and weights stay float32."""
+    precision = precision or choose_precision(device)
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def try_compile(function, mode: str, device: torch.device, work: float, warm_up):
+    """torch.compile(function), called once by `warm_up`, or `function` itself where that fails.
+
+    "auto" compiles on CUDA what will do `work` of 1e16 multiply-adds or more. That is a guess, not
+    yet measured: compiling takes a minute or more. A CPU gains 3% (measured) and does without.
+    """
+    if mode == "off" or mode == "auto" and (device.type != "cuda" or work < 1e16):
+        return function
+    fast = torch.compile(function)
     try:
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)
-        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-        if any(name.endswith("/constants.pkl") for name in names):
-            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-                return torch.jit.load(path, map_location="cpu").state_dict()
-        state = torch.load(path, map_location="cpu", weights_only=True)     # nothing in it can run
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, struct.error,
-            zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} ({size}) can't be read as weights: it is damaged, incomplete or "
-                        f"of another format ({type(error).__name__}).") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}; expected a dict of weights.")
-    return state
+        warm_up(fast)
+    except Exception as error:      # whatever goes wrong in a compiler must not cost the work
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"torch.compile failed and is off ({type(error).__name__}: {str(error):.200}).")
+        return function
+    return fast
+
+
+# ---- 5. files ----
+
+class UserError(ValueError):
+    """A mistake of the user: the message says what was given, what was expected and what to do."""
+
+
+@contextmanager
+def reading(path: str | Path, expected: str):
+    """The gate of a file: whatever is wrong inside leaves as one UserError that names it."""
+    try:
+        if not Path(path).is_file():            # a pipe, for one, would wait for ever
+            what = "is not a file" if Path(path).exists() else "is missing"
+            raise UserError(f"{path} {what}: expected {expected}.")
+        yield
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} can't be read as {expected}: it is damaged, incomplete or of "
+                        f"another kind ({reason:.200}).") from None
+
+
+@contextmanager
+def writing(path: str | Path, mode: str = "wb"):
+    """A file that appears whole, under its name, when the block ends, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: dict):
+    with writing(path, "w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def one_writer(folder: str | Path, wait: bool = False):
+    """Hold the lock of a folder, against a second writer, which waits or is refused.
+
+    It is SQLite's lock of a file, which works on every system and dies with its process.
+    """
+    path = Path(folder) / ".lock"
+    path.touch()
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as lock:
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError:
+            if not wait:
+                raise UserError(f"{folder} is being written by another process: wait until it "
+                                "has ended, or choose another name.") from None
+            print(f"{folder} is being written by another process; waiting until it has ended ...")
+            while not lock.in_transaction:          # SQLite's own waiting ignores Ctrl-C
+                time.sleep(0.1)
+                with suppress(sqlite3.OperationalError):
+                    lock.execute("BEGIN EXCLUSIVE")
+        yield
 
 
 def sha256(path: str | Path) -> str:
@@ -468,36 +444,81 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_encoder(description: dict, folder: str | Path, what: str) -> Path:
+def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, raw bytes."""
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "U8": torch.uint8,
+             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
+    data = bytearray(Path(path).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, tensors = json.loads(data[8:start]), {}
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        begin, end = [start + offset for offset in entry["data_offsets"]]
+        if end > len(data):
+            raise EOFError(f"{name} ends after the file")
+        dtype = types[entry["dtype"]]
+        flat = torch.frombuffer(data[begin:end], dtype=dtype) if end > begin else torch.empty(0)
+        tensors[name] = flat.to(dtype).reshape(entry["shape"])
+    return tensors
+
+
+def read_weights(path: str | Path) -> dict:
+    """The dict in a torch or .safetensors file, told apart by content. Nothing in it can run."""
+    with reading(path, "a file of weights (addresses of public ones: FILES in prepare_data.py)"):
+        with open(path, "rb") as file:
+            start = file.read(512)
+        for sign, what in ((b"<", "HTML: the download went wrong; fetch it again"),
+                           (b"version https://git-lfs", "a git-LFS pointer: run git lfs pull")):
+            if start.lstrip().startswith(sign):
+                raise UserError(f"{path} is not weights but {what}.")
+        if start[8:9] == b"{":
+            return read_safetensors(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():                               # compares checksums
+                    raise UserError(f"{path} is damaged: fetch or copy it again.")
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise UserError(f"{path} is a TorchScript program, which could do anything: "
+                                    "expected weights alone, as of torch.save(state_dict).")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:                     # it advises to trust the file
+            if found := re.search(r"GLOBAL (\S+)", str(error)):
+                raise UserError(f"{path} holds a Python object ({found[1]}), which is never "
+                                "loaded: save its weights alone, by torch.save(state_dict).")
+            raise TypeError("torch.save did not write it")
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}, not a dict")
+        return state
+
+
+def find_weights(description: dict, folder: str | Path, what: str) -> Path:
     """The weight file of `what` in `folder`, or UserError; a "sha256" of None is not checked."""
-    path, expected = Path(folder) / description["file"], description.get("sha256")
+    path, expected = Path(folder, description["file"]), description.get("sha256")
     if not path.is_file():
-        digest = f" (SHA-256 {expected})" if expected else ""
-        raise UserError(f"{path} is missing, {what} that the data was encoded with: fetch "
-                        f"{path.name}{digest} and put it into {path.parent} "
+        path = Path(folder, path.name)          # if it was a full path, on another machine
+    needed = f"expected {what} that the data was encoded with, of SHA-256 {expected or 'unknown'}"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {needed} "
                         "(addresses of public weights: FILES in prepare_data.py).")
-    if expected and expected != (found := sha256(path)):
-        raise UserError(f"{path} has SHA-256 {found}, but the data was encoded with {what} "
-                        f"of SHA-256 {expected}: put that one there, "
-                        "or prepare the data and train anew.")
+    if expected and sha256(path) != expected:
+        raise UserError(f"{path} has another SHA-256: {needed}; put that one there, or prepare "
+                        "the data again.")
     return path
 
 
 def load_strictly(module: nn.Module, state: dict, path: str | Path) -> nn.Module:
-    """Load all of `state` into `module`; UserError names the first five tensors that do not fit."""
-    own = module.state_dict()
-    wrong = [f"missing {key}" for key in own if key not in state]
-    wrong += [f"unexpected {key}" for key in state if key not in own]
-    wrong += [f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-              for key in own if key in state and state[key].shape != own[key].shape]
-    if wrong:
-        shown = "; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise UserError(f"{path} does not fit {type(module).__name__}: {shown}.")
-    module.load_state_dict(state)
+    """Load all of `state` into `module`, which must fit; raises UserError."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} does not fit: {' '.join(str(error).split()):.600}") from None
     return module
 
 
-CHECKPOINT_FORMAT = "midfuse-1"
+# ---- 6. checkpoints ----
+
+CHECKPOINT_FORMAT = "midfuse-2"
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -506,20 +527,15 @@ def read_checkpoint(path: str | Path) -> dict:
     Sampling needs "uvit" (UViTConfig), "ema", "latent_scale", "null_context" (L, E) or None (made
     from the empty caption), "meta" (of the data: which autoencoder, which text tower), "step".
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path} is {'a folder' if Path(path).is_dir() else 'not there'}: expected "
-                        "a checkpoint of train.py, such as out/shapes/last.pt, or the official "
-                        "mscoco_uvit_small.pth.")
-    state = read_weights(path)
-    if state.get("format") == CHECKPOINT_FORMAT:
+    expected = "a checkpoint of train.py, such as out/shapes/last.pt, or mscoco_uvit_small.pth"
+    with reading(path, expected):
+        state = read_weights(path)
+        if "pos_embed" in state:
+            return describe_official(state)
+        if state.get("format") != CHECKPOINT_FORMAT:
+            raise UserError(f"{path} is not {expected}, or is one of another version of this code: "
+                            f"its first keys are {', '.join(map(str, list(state)[:5]))}.")
         return state | {"uvit": UViTConfig(**state["uvit"])}
-    missing = [key for key in ("pos_embed", "context_embed.weight", "patch_embed.proj.weight")
-               if key not in state]
-    if missing:
-        raise UserError(f"{path} is neither a checkpoint of train.py nor an official U-ViT "
-                        f"text-to-image file: it has no {' and no '.join(missing)}; "
-                        f"its first keys are {', '.join(map(str, list(state)[:5]))}.")
-    return describe_official(state)
 
 
 def describe_official(state: dict) -> dict:
@@ -534,13 +550,119 @@ def describe_official(state: dict) -> dict:
             "autoencoder": {"kind": "kl", "file": "kl-f8.bin"},
             "text_tower": {"kind": "clip", "file": "clip-vit-large-patch14.bin"}}
     return {"uvit": config, "ema": state, "step": 1_000_000, "null_context": None, "meta": meta,
-            "latent_scale": 0.23010}        # U-ViT's; its sampler, by mistake, decodes with 0.18215
+            "autoencoder": {}, "latent_scale": 0.23010}     # its own sampler takes 0.18215, wrongly
 
 
 def load_uvit(checkpoint: dict, weights: str, path: str | Path) -> UViT:
     """The network of `read_checkpoint`, in evaluation mode, with weights "ema" or "model" (raw)."""
-    if weights not in checkpoint:
+    if weights == "model" and weights not in checkpoint:
         raise UserError(f"{path} holds no raw weights, only their moving average: "
                         "leave out --raw=True.")
     net = load_strictly(UViT(checkpoint["uvit"]), checkpoint[weights], path)
     return net.eval().requires_grad_(False)
+
+
+# ---- 7. command line ----
+
+@dataclasses.dataclass
+class Constants:
+    """The base of each script's Config, whose constants are checked when one is made."""
+
+    def __post_init__(self):
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            try:
+                setattr(self, name, convert(value, hint))
+            except ValueError as error:
+                raise UserError(f"--{name}={value!s:.100}: expected {error}.") from None
+
+
+def convert(value, hint):
+    """A value, or the text of one, as `hint` declares it; ValueError says what is expected."""
+    options = get_args(hint)
+    if NoneType in options:
+        return None if value in (None, "None") else convert(value, options[0])
+    if get_origin(hint) is Literal or hint is bool:
+        names = {str(option): option for option in options or (True, False)}
+        if str(value) not in names:
+            raise ValueError(" or ".join(names))
+        return names[str(value)]
+    kind, *limits = options or [hint]
+    if kind is str:
+        if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):
+            raise ValueError("text in UTF-8")
+        return os.path.expanduser(value) if limits else value
+    low, high = limits or (-10 ** 9, 10 ** 9)
+    try:
+        number = kind(str(value))
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high:
+        name = "whole number" if kind is int else "number"
+        raise ValueError(f"a {name} from {low:,} to {high:,}")
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists all constants).")
+
+
+def parse_arguments(Config: type, arguments: list[str]):
+    """The dataclass `Config` with `--key=value` or `--key value` applied; raises UserError."""
+    parser = Parser(allow_abbrev=False, add_help=False)
+    for name, hint in get_type_hints(Config, include_extras=True).items():
+        alone = {"nargs": "?", "const": "True"} if hint is bool else {}     # --resume alone is True
+        parser.add_argument(f"--{name}", action="append", **alone)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        key = unknown[0].partition("=")[0].strip("-")
+
+        def likeness(name):         # --lr is --learning_rate
+            initials = "".join(word[:1] for word in name.split("_"))
+            return key == initials, difflib.SequenceMatcher(None, key, name).ratio()
+        near = max(vars(given), key=likeness)
+        raise UserError(f"{unknown[0]!r:.100} is not a constant of this script; did you mean "
+                        f"--{near}? (--help lists all)")
+    for name, texts in vars(given).items():
+        if texts and len(texts) > 1:
+            raise UserError(f"--{name} is given {len(texts)} times: leave only one of them.")
+    return Config(**{name: texts[0] for name, texts in vars(given).items() if texts})
+
+
+def describe(Config: type) -> str:
+    """The `--help` text of a Config: its own source, so each constant, its default, its comment."""
+    source = inspect.getsource(Config).partition(":\n")[2]
+    return re.sub(r"^    (\w+): .*? = ", r"    --\1=", source, flags=re.MULTILINE)
+
+
+def run(main, Config: type):
+    """Run one script: parse its command line, call `main(config)`, answer a mistake in one line."""
+    for stream in (sys.stdout, sys.stderr):     # a log shows where a run is; any prompt is printed
+        stream.reconfigure(line_buffering=True, errors="replace")
+    try:
+        if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
+            print(inspect.getmodule(Config).__doc__.strip())
+            print("\nConstants (edit them in the file, or override with --key=value):\n")
+            return print(describe(Config))
+        main(parse_arguments(Config, sys.argv[1:]))
+    except UserError as error:
+        sys.exit(" ".join(f"error: {error}".split()))
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except BrokenPipeError:                     # whoever read our output has gone, as `head` does
+        sys.stdout = open(os.devnull, "w")
+        sys.exit(1)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = str(error).partition("\n")[0]
+        sys.exit(f"error: out of memory; a smaller batch or model needs less ({reason})")
+    except OSError as error:                    # of the disk, or of permissions
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}.")
+
+
+def command(script: str, config, **changes) -> str:
+    """The command line of a configuration: what differs from the constants in the file."""
+    config = dataclasses.replace(config, **changes)
+    differs = [f"--{field.name}={value}" for field in dataclasses.fields(config)
+               if (value := getattr(config, field.name)) != field.default]
+    return shlex.join(["python", script, *differs])

@@ -1,109 +1,101 @@
 """Pictures and captions -> data/NAME/, a cache of latents and text features for train.py.
 
     python prepare_data.py                                  # captioned shapes (train.py runs this)
-    python prepare_data.py --dataset=coco                   # MS-COCO: 22 GB fetched, 62 GB cached
+    python prepare_data.py --dataset=coco                   # MS-COCO: 20 GB to fetch, 62 GB cached
     python prepare_data.py --dataset=folder --pictures=DIR  # your own pictures and captions
-    python prepare_data.py --autoencoder=kl --text_tower=clip --image_size=256 --out=data/shapes256
 
     pictures --crop, resize--> (3, S, S) --autoencoder--> moments (2C, h, w)
     captions --tokenize--> (L,) ids --text tower--> features (L, E)
 
 The autoencoder and the text tower are frozen, so each picture and each caption goes through them
-once. Moments are cached, not samples: a latent is drawn anew at every access. The public weights
-(2 GB) and COCO are downloaded if they are not there. Killed at any point, the same command goes on
-where it stopped.
+once. Moments are cached, not samples: a latent is drawn at every access. Public weights (2 GB) are
+downloaded if they are missing. Killed at any point, the same command resumes.
 
-    meta.json                 written last: a folder without it is not a cache
     captions.txt, text.npy    row i for line i; row 0 is the empty caption, the null context
     train_moments.npy         (N, 2C, h, w); and val_moments.npy, of the M held-out pictures
     train_pairs.npy           (K, 2): picture, caption row; a picture may have several captions
     val_pairs.npy             the same, with only the first caption of each held-out picture
     val_images.npy            (M, S, S, 3) uint8: the held-out pictures, for reference scores
     val_unseen.npy            (M,) bool, shapes only: whether training never shows that combination
-    preview.png               look at it before you train
+    autoencoder.npz           the linear autoencoder, where it is used
+    preview.png, meta.json    look at it before you train; written last: what all is made of
 
 The shapes: one to nine circles, squares and triangles in six colours, captioned by number ("three
 red circles and two blue squares") or by place ("a red circle to the left of a blue square"). A
 fixed tenth of the single groups never occurs in training, alone or in a pair, nor does a tenth of
 the relations, so that evaluate.py, which reads a caption back, can score unseen ones apart.
-
-Five parts: 1 shapes, 2 public files, 3 COCO and your own pictures, 4 the cache, 5 preparing.
 """
 import csv
-import errno
 import hashlib
-import http.client
-import io
 import json
 import math
 import os
+import re
 import shutil
-import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice, permutations
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from clip_text import (CONTEXT_LEN, count_truncated, load_clip_text, random_clip_text, tokenize,
+from clip_text import (count_truncated, encode_captions, load_clip_text, random_clip_text,
                        weights_sha256)
-from model import UserError, choose_device, run, sha256
+from model import (Constants, FilePath, Natural, Positive, Size, UserError, choose_device,
+                   one_writer, reading, run, sha256, write_json, writing)
 from sample import draw_grid
 from vae import LinearAutoencoder, load_vae, sample_latent, to_uint8, to_unit
 
 
 @dataclass
-class Config:
-    dataset: str = "shapes"         # or coco, or folder: your own pictures
-    out: str = ""                   # folder of the cache; "" = data/DATASET
-    pictures: str = ""              # folder: where your pictures and captions are
-    downloads: str = "downloads"    # coco: where its three archives are, or are downloaded to
-    weights: str = "weights"        # where the public weights are, or are downloaded to
-    seed: int = 0                   # of the shapes and of the random text tower
-    # for these, "" and 0 mean the dataset's own
-    autoencoder: str = ""           # linear (shapes), kl (coco, folder), or a KL weight file
-    text_tower: str = ""            # random (shapes), clip (coco, folder), or a CLIP weight file
-    image_size: int = 0             # S, side in pixels, a multiple of 32; 32 (shapes), else 256
-    context_len: int = 0            # L, text tokens; 77, or 16 for shapes with the random tower
-    train_images: int = 0           # 20,000 (shapes), all there are (coco, folder)
-    val_images: int = 0             # 1,000 (shapes), 30,000 (coco), a tenth, at most 1,000 (folder)
+class Config(Constants):
+    dataset: Literal["shapes", "coco", "folder"] = "shapes"
+    pictures: FilePath | None = None    # folder: where your pictures and captions are
+    out: FilePath | None = None         # folder of the cache; None: data/DATASET
+    downloads: FilePath = "downloads"   # coco: folder of its archives
+    weights: FilePath = "weights"       # folder of the public weights
+    seed: Natural = 0                   # of the shapes and of the random text tower
+    # None: the dataset's own, of shapes / coco / folder
+    autoencoder: FilePath | None = None             # linear / kl / kl, or a file of KL weights
+    text_tower: FilePath | None = None              # random / clip / clip, or a CLIP file
+    image_size: Size | None = None                  # S, a multiple of 32: 32 / 256 / 256
+    context_len: Annotated[int, 2, 77] | None = None    # L, text tokens: 16 / 77 / 77
+    train_images: Positive | None = None            # 20,000 / all / all
+    val_images: Positive | None = None              # 1,000 / 30,000 / a tenth, at most 1,000
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, value in DEFAULTS[self.dataset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.context_len is None:    # captions of the shapes need 12
+            short = self.dataset == "shapes" and self.text_tower == "random"
+            self.context_len = 16 if short else 77
+        if self.image_size % 32:
+            raise UserError(f"--image_size={self.image_size}: expected a multiple of 32.")
+        if (self.dataset == "folder") != bool(self.pictures):
+            raise UserError("--dataset=folder and --pictures=DIR belong together.")
 
 
 REAL = {"autoencoder": "kl", "text_tower": "clip", "image_size": 256}
-DEFAULTS = {"shapes": {"autoencoder": "linear", "text_tower": "random", "image_size": 32,
-                       "train_images": 20_000, "val_images": 1_000},
-            "coco": REAL | {"val_images": 30_000}, "folder": REAL}
-CACHE_FORMAT = "midfuse-cache-1"
+DEFAULTS = {
+    "shapes": {"autoencoder": "linear", "text_tower": "random", "image_size": 32,
+               "train_images": 20_000, "val_images": 1_000, "out": "data/shapes"},
+    "coco": REAL | {"val_images": 30_000, "out": "data/coco"},
+    "folder": REAL | {"out": "data/folder"},
+}
+CACHE_FORMAT = "midfuse-cache-2"
 # Most of a shapes picture is background. At standard deviation 1 its few objects would show through
 # the noise even at t = 1000, but a sampler starts from noise alone, where training never was.
-LATENT_STD = 0.5    # of scaled latents of the linear autoencoder; the KL autoencoder's have 1 [LDM]
-
-
-def complete(config: Config) -> Config:
-    """The constants, with the dataset's own for "" and 0; raises UserError for impossible ones."""
-    if config.dataset not in DEFAULTS:
-        raise UserError(f"--dataset={config.dataset}: expected shapes, coco or folder.")
-    own = DEFAULTS[config.dataset]
-    config = replace(config, **{key: own[key] for key in own if not getattr(config, key)})
-    if not config.context_len:
-        short = config.dataset == "shapes" and config.text_tower == "random"    # captions need 12
-        config = replace(config, context_len=16 if short else CONTEXT_LEN)
-    if config.image_size % 32 or config.image_size < 32:
-        raise UserError(f"--image_size={config.image_size}: expected a multiple of 32.")
-    if config.seed < 0:
-        raise UserError(f"--seed={config.seed}: expected 0 or more.")
-    if config.context_len < 2 or min(config.train_images, config.val_images) < 0:
-        raise UserError(f"context_len={config.context_len}, train_images={config.train_images}, "
-                        f"val_images={config.val_images}: expected 2 or more tokens, and no "
-                        f"negative number of pictures.")
-    return config
+LATENT_STD = 0.5        # of the linear autoencoder's scaled latents; of the KL one's it is 1 [LDM]
+BATCH = 64
 
 
 # ---- 1. captioned shapes ----
@@ -112,40 +104,42 @@ BACKGROUND = (245, 245, 240)
 COLOURS = {"red": (225, 45, 45), "green": (40, 165, 70), "blue": (45, 85, 225),
            "yellow": (245, 200, 30), "purple": (160, 50, 190), "cyan": (40, 190, 215)}
 SHAPES = ("circle", "square", "triangle")
-COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RELATIONS = {"to the left of": (0, -1), "to the right of": (0, 1),      # (rows, columns)
              "above": (-1, 0), "below": (1, 0)}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: groups of (count, colour, shape), or two objects and their relation."""
+    """What a caption says: groups of (number, colour, shape), or two objects and their relation."""
     groups: tuple[tuple[int, str, str], ...]
     relation: str = ""
 
     @property
     def caption(self) -> str:
         if self.relation:
-            (_, colour, shape), (_, other_colour, other_shape) = self.groups
-            return f"a {colour} {shape} {self.relation} a {other_colour} {other_shape}"
-        return " and ".join(f"{COUNTS[count - 1]} {colour} {shape}{'s' * (count > 1)}"
-                            for count, colour, shape in self.groups)
+            (_, *one), (_, *other) = self.groups
+            return f"a {' '.join(one)} {self.relation} a {' '.join(other)}"
+        phrases = [f"{NUMBERS[number - 1]} {colour} {shape}{'s' if number > 1 else ''}"
+                   for number, colour, shape in self.groups]
+        return " and ".join(phrases)
 
     @property
     def objects(self) -> list[tuple[str, str]]:
         """(colour, shape) of every object, in the order of the caption."""
-        return [(colour, shape) for count, colour, shape in self.groups for _ in range(count)]
+        return [(colour, shape) for number, colour, shape in self.groups for _ in range(number)]
 
 
 @cache
 def list_scenes() -> tuple[list[Scene], list[Scene], list[Scene]]:
     """All: 162 of one group, 11,016 of two groups, at most nine objects in all, 1,224 relations."""
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    one = [Scene(((count, *kind),)) for count in range(1, 10) for kind in kinds]
-    two = [Scene(((count, *first), (total - count, *second))) for total in range(2, 10)
-           for count in range(1, total) for first, second in permutations(kinds, 2)]
-    relations = [Scene(((1, *first), (1, *second)), relation)
-                 for relation in RELATIONS for first, second in permutations(kinds, 2)]
+    pairs = [*permutations(kinds, 2)]
+    one = [Scene(((n, *kind),)) for n in range(1, 10) for kind in kinds]
+    two = [Scene(((n, *kind), (total - n, *other)))
+           for total in range(2, 10) for n in range(1, total) for kind, other in pairs]
+    relations = [Scene(((1, *kind), (1, *other)), relation)
+                 for relation in RELATIONS for kind, other in pairs]
     return one, two, relations
 
 
@@ -157,16 +151,14 @@ def scene_of() -> dict[str, Scene]:
 
 @cache
 def unseen_scenes() -> frozenset[Scene]:
-    """The scenes that never occur in training, whatever the seed.
-
-    A fixed tenth of the relations and of the single groups, and every pair with such a group.
-    """
+    """A fixed tenth of the relations and of the single groups, and every pair with such a group."""
     def tenth(scenes):
         order = np.random.default_rng(2403_16530).permutation(len(scenes))
         return [scenes[i] for i in order[:len(scenes) // 10]]
     one, two, relations = list_scenes()
     groups = {scene.groups[0] for scene in tenth(one)}
-    return frozenset([scene for scene in one + two if groups & {*scene.groups}] + tenth(relations))
+    unseen = [scene for scene in one + two if groups & {*scene.groups}]
+    return frozenset(unseen + tenth(relations))
 
 
 def choose_scene(rng: np.random.Generator, unseen: bool) -> Scene:
@@ -178,28 +170,25 @@ def choose_scene(rng: np.random.Generator, unseen: bool) -> Scene:
             return scene
 
 
-def place_objects(scene: Scene) -> list[tuple[int, int]]:
-    """Each object's cell (row, column) of 3x3: counts in reading order, relations about (1, 1)."""
-    if scene.relation:
-        rows, columns = RELATIONS[scene.relation]
-        return [(1 + rows, 1 + columns), (1 - rows, 1 - columns)]
-    return [divmod(cell, 3) for cell in range(len(scene.objects))]
-
-
 def draw_scene(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
     """The picture of a scene, anti-aliased: (size, size, 3) uint8. Lengths are for a side of 32."""
-    zoom = 8                                            # drawn 8 times larger, then averaged
+    cells = [divmod(i, 3) for i in range(9)]    # of 3x3, in reading order
+    if scene.relation:
+        y, x = RELATIONS[scene.relation]
+        cells = [(1 + y, 1 + x), (1 - y, 1 - x)]
+    zoom = 8                                    # drawn 8 times larger, then averaged
     image = Image.new("RGB", (size * zoom, size * zoom), BACKGROUND)
     canvas, unit = ImageDraw.Draw(image), size * zoom / 32
-    for (row, column), (colour, shape) in zip(place_objects(scene), scene.objects):
-        y, x = [(16 + 12 * (cell - 1) + rng.uniform(-0.4, 0.4)) * unit for cell in (row, column)]
+    for cell, (colour, shape) in zip(cells, scene.objects):
+        y, x = [(16 + 12 * (i - 1) + rng.uniform(-0.4, 0.4)) * unit for i in cell]
         r = rng.uniform(3.1, 3.5) * unit        # areas differ, the box of side 2r is the same
+        box, fill = (x - r, y - r, x + r, y + r), COLOURS[colour]
         if shape == "circle":
-            canvas.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
+            canvas.ellipse(box, fill)
         elif shape == "square":
-            canvas.rectangle((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
+            canvas.rectangle(box, fill)
         else:
-            canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=COLOURS[colour])
+            canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill)
     return np.asarray(image.reduce(zoom))
 
 
@@ -207,18 +196,476 @@ class Shapes:
     """A split of the shapes: picture i is a function of (seed, split, i), on any machine."""
 
     def __init__(self, config: Config, split: str):
-        config = complete(config)
-        self.size, self.key = config.image_size, (config.seed, ["train", "val"].index(split))
+        self.size = config.image_size
+        self.key = (config.seed, ["train", "val"].index(split))
         self.names = range(getattr(config, f"{split}_images"))
         rng = np.random.default_rng(self.key)
         self.scenes = [choose_scene(rng, unseen=split == "val" and i % 2 == 1) for i in self.names]
         self.captions = [[scene.caption] for scene in self.scenes]
 
     def load(self, i: int) -> np.ndarray:
-        return draw_scene(self.scenes[i], np.random.default_rng((*self.key, i)), self.size)
+        rng = np.random.default_rng((*self.key, i))
+        return draw_scene(self.scenes[i], rng, self.size)
 
 
-# ---- 2. public files ----
+# ---- 2. your own pictures, and COCO ----
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Any picture as RGB: upright, 16 bits cut to 8, transparent places white; or UserError."""
+    with reading(path, "a picture"), Image.open(path) as image:
+        image.load()
+        with suppress(Exception):           # where EXIF data are broken, pixels may be sound
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers")
+        if image.mode.startswith("I"):      # 16-bit grey, which Pillow would clip at 255
+            grey = np.asarray(image).clip(0, 65535) // 256
+            image = Image.fromarray(grey.astype(np.uint8))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+
+
+class Pictures:
+    """A split of pictures with captions (name -> captions); `read(name)` gives an RGB image."""
+
+    def __init__(self, config: Config, captions: dict[str, list[str]], read):
+        self.size, self.read = config.image_size, read
+        self.names, self.captions = [*captions], [*captions.values()]
+
+    def load(self, i: int) -> np.ndarray:
+        """The central square of picture i, then Lanczos [U-ViT]: (S, S, 3) uint8."""
+        image, size = self.read(self.names[i]), (self.size, self.size)
+        side = min(image.size)
+        x, y = (image.width - side) // 2, (image.height - side) // 2
+        square = image.crop((x, y, x + side, y + side))
+        return np.asarray(square.resize(size, Image.Resampling.LANCZOS))
+
+
+def clean(text: str) -> str:
+    """One line, one space between words; what can't be written as UTF-8 becomes a question mark."""
+    return " ".join(text.encode(errors="replace").decode().split())
+
+
+def read_lines(path: Path) -> list[str]:
+    with reading(path, "text in UTF-8, or UTF-16 with a byte-order mark"):
+        data = path.read_bytes()
+        utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it has null characters")
+        return text.split("\n")
+
+
+def read_table(path: Path) -> list[tuple[str, list[str]]]:
+    """(name of a picture, captions) of each line of a .jsonl, .csv or captions.txt."""
+    rows, header = [], ["file_name", "text"]
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        with reading(path, f"a picture's file_name and text in line {number}"):
+            if path.suffix == ".jsonl":
+                row = json.loads(line)
+            else:
+                cells = line.split("\t", 1)
+                if path.suffix == ".csv":
+                    cells = next(csv.reader([line], strict=True))
+                    header = cells if number == 1 else header
+                last = len(header) - 1
+                if len(cells) > len(header) and header[last] == "text":
+                    cells[last:] = [",".join(cells[last:])]     # a caption without quotes
+                row = dict(zip(header, cells, strict=True))
+            name, text = Path(row["file_name"]), row["text"]
+            if name.is_absolute() or ".." in name.parts:
+                raise ValueError("the picture is outside the folder")
+            texts = text if isinstance(text, list) else [text]
+            rows.append((name.as_posix(), [clean(text) for text in texts]))
+    return rows[1:] if path.suffix == ".csv" else rows
+
+
+def read_captions(folder: Path) -> dict[str, list[str]]:
+    """Name -> captions, of the folder's one table, else of the .txt files next to its pictures.
+
+    A .txt has one caption a line; a .jsonl lines with "file_name" and "text", a caption or a list
+    of them; a .csv columns of these names; captions.txt lines of name, tab, caption (sample.py's).
+    """
+    patterns = ("[!.]*.jsonl", "[!.]*.csv", "captions.txt")
+    tables = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    if len(tables) > 1:
+        raise UserError(f"{tables[0]} and {tables[1]}: leave only one table of captions there.")
+    if tables:
+        rows = read_table(tables[0])
+    else:
+        paths = {name: (folder / name).with_suffix(".txt") for name in list_pictures(folder)}
+        rows = [(name, [clean(line) for line in read_lines(path)])
+                for name, path in paths.items() if path.exists()]
+    captions = {}
+    for name, texts in rows:
+        captions.setdefault(name, []).extend(filter(None, texts))
+    return {name: texts for name, texts in captions.items() if texts}
+
+
+def list_pictures(folder: Path) -> list[str]:
+    """The names of the pictures in a folder and below it, except hidden ones."""
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
+    return [path.as_posix() for path in paths if path.suffix.lower() in SUFFIXES
+            and not any(part.startswith(".") for part in path.parts)]
+
+
+def report_skipped(why: str, names: list[str]):
+    if names:
+        more = " ..." if len(names) > 5 else ""
+        print(f"skipped, {why}: {len(names):,} pictures: {clean(', '.join(names[:5]))}{more}")
+
+
+def choose_pictures(folder: Path) -> dict[str, list[str]]:
+    """Name -> captions of the pictures to use; those that are left out are listed."""
+    if not folder.is_dir():
+        raise UserError(f"--pictures={folder}: expected the folder of your pictures.")
+    captions = read_captions(folder)
+    unusable = {name for name in captions
+                if not os.path.isfile(folder / name) or re.search("[\ud800-\udfff]", name)}
+    silent = [name for name in list_pictures(folder) if name not in captions]
+    report_skipped("without a caption", silent)
+    report_skipped("missing, not a file, or a name that is not UTF-8", sorted(unusable))
+    return {name: captions[name] for name in sorted(captions) if name not in unusable}
+
+
+def open_folder(config: Config, captions: dict[str, list[str]]) -> list[Pictures]:
+    """[training, held-out]; every picture is decoded once to see whether it can be."""
+    def read(name):
+        return read_picture(Path(config.pictures, name))
+
+    def examine(name):
+        try:
+            read(name)
+        except UserError as error:
+            return str(error)
+    with ThreadPoolExecutor() as pool:
+        answers = tqdm(pool.map(examine, captions), "reading pictures", len(captions))
+        damaged = {name: answer for name, answer in zip(captions, answers) if answer}
+    report_skipped("damaged", [*damaged.values()])
+    names = [name for name in captions if name not in damaged]
+    count = config.val_images or min(1000, math.ceil(len(names) / 10))
+    if len(names) <= count:
+        raise UserError(f"{config.pictures} has {len(names)} sound pictures with captions: too few "
+                        f"to hold out {count} of them (--val_images) and train on the others.")
+    order = {name: hashlib.sha256(repr(name).encode()).digest() for name in names}  # never changes
+    held_out = sorted(sorted(names, key=order.get)[:count])
+    train = sorted({*names} - {*held_out})[:config.train_images]
+    return [Pictures(config, {name: captions[name] for name in part}, read)
+            for part in (train, held_out)]
+
+
+def open_coco(config: Config, split: str) -> Pictures:
+    """A split of MS-COCO 2014: pictures by image id, captions in their file's order [U-ViT]."""
+    texts = zipfile.ZipFile(fetch("annotations_trainval2014.zip", config.downloads))
+    annotations = json.loads(texts.read(f"annotations/captions_{split}2014.json"))
+    names = {image["id"]: f"{split}2014/{image['file_name']}" for image in annotations["images"]}
+    captions = {names[i]: [] for i in sorted(names)}
+    for annotation in annotations["annotations"]:
+        captions[names[annotation["image_id"]]].append(clean(annotation["caption"]))
+    # the first 30,000 of the validation split are those of the paper's own evaluation
+    captioned = [name for name, texts in captions.items() if texts]
+    captioned = captioned[:getattr(config, f"{split}_images")]
+    archive = zipfile.ZipFile(fetch(f"{split}2014.zip", config.downloads))      # is not unpacked
+
+    def read(name):
+        with archive.open(name) as file, Image.open(file) as image:
+            return image.convert("RGB")             # a few are grey
+    return Pictures(config, {name: captions[name] for name in captioned}, read)
+
+
+# ---- 3. preparing ----
+
+def load_pictures(source):
+    """All pictures of a split in batches (B, S, S, 3) uint8, read by several threads."""
+    numbers = range(len(source.names))
+    with ThreadPoolExecutor() as pool:
+        for i in range(0, len(numbers), BATCH):
+            yield np.stack([*pool.map(source.load, numbers[i:i + BATCH])])
+
+
+def fill(path: Path, shape: tuple, dtype: type, batches) -> np.ndarray:
+    """The array of a file: kept if it is whole, else made of `batches` and moved into place."""
+    dtype = np.dtype(dtype)
+    size = 128 + math.prod(shape) * dtype.itemsize      # 128: the header
+    if not path.exists() or path.stat().st_size != size:
+        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+        with writing(path) as file, tqdm(total=shape[0], desc=path.stem) as bar:
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in batches:       # on a full disk a memory map would crash
+                file.write(np.ascontiguousarray(batch, dtype).tobytes())
+                bar.update(len(batch))
+    return np.load(path, mmap_mode="c")
+
+
+def measure_scale(moments: np.ndarray, latent_std: float) -> tuple[float, float]:
+    """(the factor that gives all latents standard deviation `latent_std`, their mean before it)."""
+    total, squares, n = 0.0, 0.0, 0
+    for i in range(0, len(moments), 512):
+        part = torch.from_numpy(moments[i:i + 512])
+        generator = torch.Generator().manual_seed(i)
+        noise = torch.randn(part.chunk(2, dim=1)[0].shape, generator=generator)
+        z = sample_latent(part, noise).double()
+        total += z.sum().item()
+        squares += z.square().sum().item()
+        n += z.numel()
+    # for COCO expect about U-ViT's 0.23010; 0.18215 is Stable Diffusion's, of other pictures
+    return latent_std * (squares / n - (total / n) ** 2) ** -0.5, total / n
+
+
+def load_weights(kind: str, choice: str, public: str, load, folder: str):
+    """(network, what finds it again), of public weights or of a file."""
+    path = fetch(public, folder) if choice == kind else Path(choice).absolute()
+    network = load(path).to(choose_device())
+    file = public if choice == kind else str(path)
+    return network, {"kind": kind, "file": file, "sha256": sha256(path), "about": path.name}
+
+
+def load_networks(config: Config):
+    """(autoencoder, text tower, what finds them again); a linear autoencoder is not fitted yet."""
+    # the stand-ins stay on the CPU, so that a GPU makes no difference
+    weights, seed, L = config.weights, config.seed, config.context_len
+    if config.autoencoder == "linear":
+        autoencoder = LinearAutoencoder()
+        about = {"kind": "linear", "about": "principal components of 4x4 patches, a stand-in"}
+    else:
+        autoencoder, about = load_weights("kl", config.autoencoder, "kl-f8.bin", load_vae, weights)
+    if config.text_tower == "random":
+        text_tower = random_clip_text(seed, L)
+        about_text = {"kind": "random", "seed": seed, "context_len": L,
+                      "sha256": weights_sha256(text_tower),
+                      "about": "small, random and frozen, a stand-in for CLIP's"}
+    else:
+        text_tower, about_text = load_weights(
+            "clip", config.text_tower, "clip-vit-large-patch14.bin", load_clip_text, weights)
+    return autoencoder, text_tower, {"autoencoder": about, "text_tower": about_text}
+
+
+def start(folder: Path, made_of: dict, size: int):
+    """Keep what an interrupted call left of the same data; UserError for anything else."""
+    record = folder / "preparing.json"
+    others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    difference = "no unfinished cache"
+    if record.exists():
+        difference = same_data(json.loads(record.read_text(encoding="utf-8")), made_of)
+    if others and difference:
+        raise UserError(f"{folder} holds {others[0]}, but not of the same data: {difference}. "
+                        "Delete the folder, or name another with --out.")
+    write_json(record, made_of)
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+    size -= sum(path.stat().st_size for path in folder.glob("*.npy"))
+    free = shutil.disk_usage(folder).free
+    print(f"{size / 1e9:,.2f} GB to be written to {folder}, {free / 1e9:,.1f} GB are free")
+    if size > free:
+        raise UserError(f"{folder} has not enough room: {size:,} bytes are to be written, {free:,} "
+                        "are free. Make room, or name a folder on another disk with --out.")
+
+
+def write_pictures(folder: Path, train, val, autoencoder, device, shape: tuple) -> np.ndarray:
+    """The held-out pictures, and the moments of all; returns those of the training pictures."""
+    def encode(batches):
+        for pictures in batches:
+            x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)   # (B, 3, S, S)
+            yield autoencoder.encode(to_unit(x)).cpu().numpy()
+    if isinstance(autoencoder, LinearAutoencoder):
+        pictures = np.concatenate([*islice(load_pictures(train), 4096 // BATCH)])
+        autoencoder.fit(to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2)))
+        with writing(folder / "autoencoder.npz") as file:
+            np.savez(file, **autoencoder.state_dict())
+    N, M, S = len(train.names), len(val.names), train.size
+    images = fill(folder / "val_images.npy", (M, S, S, 3), np.uint8, load_pictures(val))
+    moments = encode(images[i:i + BATCH] for i in range(0, M, BATCH))
+    fill(folder / "val_moments.npy", (M, *shape), np.float32, moments)
+    moments = encode(load_pictures(train))
+    return fill(folder / "train_moments.npy", (N, *shape), np.float32, moments)
+
+
+def write_captions(folder: Path, train, val, captions: list[str], text_tower, shape: tuple):
+    """The captions, their features, and for each split the pairs of picture and caption row."""
+    with writing(folder / "captions.txt", "w") as file:
+        file.writelines(caption + "\n" for caption in captions)
+    # For COCO 53 GB. The text tower in the training loop instead would cost 14% more work in each
+    # of a million steps. A step reads 256 rows of 118 kB: take an SSD.
+    batches = (captions[i:i + BATCH] for i in range(0, len(captions), BATCH))
+    features = (encode_captions(text_tower, batch, shape[1])[0].cpu() for batch in batches)
+    fill(folder / "text.npy", shape, np.float16, features)
+    row, arrays = {caption: i for i, caption in enumerate(captions)}, {}
+    for split, source in (("train", train), ("val", val)):
+        arrays[f"{split}_pairs"] = [(i, row[text]) for i, texts in enumerate(source.captions)
+                                    for text in texts]
+    if isinstance(val, Shapes):
+        arrays["val_unseen"] = [scene in unseen_scenes() for scene in val.scenes]
+    for name, array in arrays.items():
+        with writing(folder / f"{name}.npy") as file:
+            np.save(file, np.array(array))
+
+
+@torch.no_grad()
+def prepare(config: Config, made_of: dict, chosen: dict, folder: Path):
+    """Write a cache; what an interrupted call left whole is kept."""
+    if config.dataset == "folder":
+        train, val = open_folder(config, chosen)
+    else:
+        open_split = Shapes if config.dataset == "shapes" else open_coco
+        train, val = open_split(config, "train"), open_split(config, "val")
+    val.captions = [texts[:1] for texts in val.captions]
+    distinct = {text for texts in train.captions + val.captions for text in texts}
+    captions = ["", *sorted(distinct - {""})]
+    autoencoder, text_tower, networks = load_networks(config)
+    device = next(iter(autoencoder.state_dict().values())).device
+    S, N, M, R = config.image_size, len(train.names), len(val.names), len(captions)
+    L, E = config.context_len, text_tower.positional_embedding.shape[1]
+    C2, h, w = autoencoder.encode(torch.zeros(1, 3, S, S, device=device)).shape[1:]
+    print(f"{N:,} training and {M:,} held-out pictures, {R:,} distinct captions")
+    size = 3 * M * S * S + 4 * (N + M) * C2 * h * w + 2 * R * L * E
+    start(folder, made_of | networks, size)
+
+    moments = write_pictures(folder, train, val, autoencoder, device, (C2, h, w))
+    write_captions(folder, train, val, captions, text_tower, (R, L, E))
+    latents = torch.from_numpy(moments[:24]).chunk(2, dim=1)[0].to(device)
+    decoded = to_uint8(autoencoder.decode(latents)).cpu()
+    with writing(folder / "preview.png") as file:
+        labels = [texts[0] for texts in train.captions[:24]]
+        draw_grid(decoded, labels, columns=8).save(file, "PNG")
+    latent_std = LATENT_STD if config.autoencoder == "linear" else 1.0
+    scale, mean = measure_scale(moments, latent_std)
+    contents = [[[*source.names], source.captions] for source in (train, val)]
+    write_meta(folder, made_of | networks | {
+        "format": CACHE_FORMAT, "dataset": config.dataset, "image_size": S, "train_images": N,
+        "val_images": M, "captions": R, "truncated": count_truncated(captions, L),
+        "contents": digest(contents), "null_context": "row 0 of text.npy, the empty caption",
+        "latent_shape": (C2 // 2, h, w), "latent_scale": scale, "latent_mean": mean,
+        "latent_std": latent_std})
+
+
+def describe(config: Config, captions: dict[str, list[str]]) -> dict:
+    """What a cache is made of: constants, and the user's pictures and captions."""
+    keys = ("dataset", "seed", "autoencoder", "text_tower", "image_size", "context_len",
+            "train_images", "val_images")
+    constants = {key: getattr(config, key) for key in keys}
+    for key, value in constants.items():
+        if key in ("autoencoder", "text_tower") and os.path.isfile(value):
+            constants[key] = sha256(value)
+    pictures = [sha256(Path(config.pictures, name)) for name in captions]
+    return {"config": constants, "sources": {
+        "pictures": len(pictures), "captions": digest(captions), "contents": digest(pictures)}}
+
+
+def main(config: Config):
+    chosen = choose_pictures(Path(config.pictures)) if config.pictures else {}
+    made_of, folder = describe(config, chosen), Path(config.out)
+    if not (folder / "meta.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with one_writer(folder, wait=True):
+            if not (folder / "meta.json").exists():     # else another process has prepared it
+                prepare(config, made_of, chosen, folder)
+    meta = read_cache(folder).meta
+    if difference := same_data({key: meta[key] for key in made_of}, made_of):
+        raise UserError(f"{folder} was prepared with other data: {difference}. Delete it and "
+                        "prepare again, or name another folder with --out.")
+    (folder / "preparing.json").unlink(missing_ok=True)
+    shape, scale, truncated = meta["latent_shape"], meta["latent_scale"], meta["truncated"]
+    print(f"{folder} is complete: latents {shape}, scale {scale:.4f}, {truncated:,} captions "
+          f"truncated to {config.context_len} tokens. Look at {folder / 'preview.png'}, then:\n"
+          f"  python train.py --data={folder} --name={folder.name}")
+
+
+# ---- 4. the cache ----
+
+@dataclass
+class Split:
+    moments: np.ndarray             # (N, 2C, h, w) float32
+    pairs: np.ndarray               # (K, 2) of picture and caption row, sorted by picture
+
+
+@dataclass
+class Cache:
+    """A cache as train.py and evaluate.py read it; large arrays stay on disk until indexed."""
+    meta: dict
+    captions: list[str]             # R distinct captions; the first is the empty one
+    text: np.ndarray                # (R, L, E) float16, their features; row 0 is the null context
+    autoencoder: dict               # state dict of the linear autoencoder, or empty
+    train: Split
+    val: Split
+    val_images: np.ndarray          # (M, S, S, 3) uint8, the held-out pictures
+
+
+def digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def describe_file(path: Path) -> dict | None:
+    """Size of a file and SHA-256 of its first and last 32 MB, all of any but large arrays."""
+    if not path.is_file():
+        return None
+    edge, size = 2 ** 25, path.stat().st_size
+    with open(path, "rb") as file:
+        found = hashlib.sha256(file.read(edge))
+        file.seek(max(edge, size - edge))
+        found.update(file.read())
+    return {"bytes": size, "sha256": found.hexdigest()}
+
+
+def write_meta(folder: Path, meta: dict):
+    """Finish a cache: meta.json, with the digests of its files and of itself."""
+    paths = [folder / "captions.txt", *sorted(folder.glob("*.np[yz]"))]
+    meta = meta | {"files": {path.name: describe_file(path) for path in paths}}
+    with writing(folder / "meta.json", "w") as file:
+        json.dump(meta | {"sha256": digest(meta)}, file, indent=1)
+
+
+def read_cache(folder: str | Path) -> Cache:
+    """Open a finished cache; UserError for anything else."""
+    folder = Path(folder)
+    path, advice = folder / "meta.json", f"delete {folder} and prepare it again."
+    with reading(path, "the description of a finished cache; prepare_data.py makes it, and resumes "
+                       f"what was interrupted (is it damaged? {advice})"):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta["format"] != CACHE_FORMAT:
+            raise UserError(f"{folder} has format {meta['format']}, and this code reads "
+                            f"{CACHE_FORMAT}: {advice}")
+        if meta.pop("sha256") != digest(meta):
+            raise UserError(f"{path} is damaged or was edited: {advice}")
+    for name, facts in meta["files"].items():
+        if describe_file(folder / name) != facts:
+            raise UserError(f"{folder / name} is missing, damaged or of another cache: {advice}")
+
+    def array(name):
+        return np.load(folder / f"{name}.npy", mmap_mode="c")
+
+    captions = (folder / "captions.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    autoencoder = {}
+    if "autoencoder.npz" in meta["files"]:
+        with np.load(folder / "autoencoder.npz") as file:
+            autoencoder = {key: torch.from_numpy(file[key]) for key in file.files}
+    train, val = [Split(array(f"{split}_moments"), np.asarray(array(f"{split}_pairs")))
+                  for split in ("train", "val")]
+    return Cache(meta, captions, array("text"), autoencoder, train, val, array("val_images"))
+
+
+def same_data(meta: dict, other: dict) -> str | None:
+    """What differs between two descriptions of data, or None. Floats may differ by rounding."""
+    for key in [key for key in {**meta, **other} if key not in ("files", "file", "about")]:
+        a, b = meta.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if difference := same_data(a, b):
+                return f"{key}: {difference}"
+        elif isinstance(a, float) and isinstance(b, float):
+            if not math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4):
+                return f"{key} ({a:g} and {b:g})"
+        elif a != b:
+            return f"{key} ({a!s:.20} and {b!s:.20})"
+
+
+# ---- 5. public files ----
 
 COCO = "http://images.cocodataset.org"      # http: its certificate doesn't cover a name with dots
 HF = "https://huggingface.co"
@@ -243,532 +690,27 @@ FILES = {       # name -> (address, bytes, SHA-256); COCO publishes no hashes: t
         "pt_inception-2015-12-05-6726825d.pth",
         95_628_359, "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
 }
-ARCHIVES = ("train2014.zip", "val2014.zip")     # of COCO's pictures
-
-
-def check_space(needs: dict[Path, int]):
-    """Print the bytes still to be written to each folder; raises UserError if a disk lacks room."""
-    disks = {}                                  # device -> (free bytes, needed bytes, folders)
-    for folder, size in needs.items():
-        there = next(path for path in (folder / "new").absolute().parents if path.exists())
-        _, needed, folders = disks.get(there.stat().st_dev, (0, 0, []))
-        disks[there.stat().st_dev] = (shutil.disk_usage(there).free, needed + size,
-                                      [*folders, f"{size / 1e9:,.2f} GB to {folder}"])
-    for free, needed, folders in disks.values():
-        if needed > free:
-            raise UserError(f"There is not enough room: {needed:,} bytes are still to be written "
-                            f"({', '.join(folders)}), and the disk has {free:,} free; make room, "
-                            f"or name another disk with --out, --downloads or --weights.")
-        print(f"disk space: {', '.join(folders)}; {free / 1e9:,.1f} GB are free.")
-
-
-def count_missing(files: dict[Path, int]) -> int:
-    """Bytes still to be written to files of these sizes."""
-    return sum(max(0, size - (path.stat().st_size if path.exists() else 0))
-               for path, size in files.items())
-
-
-def read_blocks(response):
-    """What a server sends, until its end or until the connection breaks."""
-    with suppress(OSError, http.client.HTTPException):
-        while block := response.read(1 << 20):
-            yield block
-
-
-def download(url: str, size: int, part: Path):
-    """Append to `part` until it has `size` bytes: after a break, or in a later call, it goes on."""
-    with (open(part, "ab") as file,
-          tqdm(total=size, initial=file.tell(), desc=part.stem, unit="B", unit_scale=True) as bar):
-        while (begin := file.tell()) < size:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-"})
-            with urllib.request.urlopen(request, timeout=60) as response:
-                if response.status != 206:      # a server that can only begin at the beginning
-                    file.seek(0)
-                    file.truncate()
-                    bar.reset()
-                promised = file.tell() + int(response.headers["Content-Length"] or 0)
-                if promised != size:
-                    kind = response.headers.get_content_type()
-                    raise UserError(f"{url} answers with {promised:,} bytes of {kind}, expected "
-                                    f"{size:,}: another file, or a web page that asks for "
-                                    f"something; look at it in a browser.")
-                for block in read_blocks(response):
-                    file.write(block)
-                    bar.update(len(block))
-            if file.tell() <= begin:
-                raise ConnectionError("the connection breaks off")
-
-
-def find_download(name: str, folder: str | Path) -> Path:
-    """Where the public file `name` is in `folder`, or its beginning is, or would be."""
-    path = Path(folder) / name
-    return path if path.exists() else path.with_name(f"{name}.part")
 
 
 def fetch(name: str, folder: str | Path) -> Path:
-    """The public file `name` in `folder`, found or downloaded, and checked; raises UserError."""
+    """The public file `name` in `folder`, downloaded if it is missing, and verified."""
     url, size, expected = FILES[name]
-    path, file = Path(folder) / name, find_download(name, folder)
-    if file != path:
-        check_space({path.parent: count_missing({file: size})})
+    path = Path(folder, name)
+    command = (f"curl -L -C - --create-dirs -o {path} {url} ({size:,} bytes, SHA-256 {expected}), "
+               "then run the same command again")
+    if not path.exists():
+        if size > 2 ** 32:              # curl can resume it
+            raise UserError(f"{path} is missing: fetch it with {command}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            download(url, size, file)
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url} could not be fetched ({error}): run the same command again, "
-                            f"which goes on where it stopped, or fetch it elsewhere and put it "
-                            f"here as {path} ({size:,} bytes, SHA-256 {expected}).") from None
-    print(f"checking {file}")
-    found = sha256(file)
-    if found != expected:
-        with open(file, "rb") as start:
-            html = " and looks like HTML" if start.read(512).lstrip().startswith(b"<") else ""
-        raise UserError(f"{file} has {file.stat().st_size:,} bytes, SHA-256 {found}{html}; "
-                        f"expected {size:,} bytes, SHA-256 {expected}, from {url}: delete it and "
-                        f"run the same command again, which fetches it anew.")
-    os.replace(file, path)
+            torch.hub.download_url_to_file(url, str(path), expected)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path} could not be fetched ({error}): try again, or fetch it with "
+                            f"{command}.") from None
+    elif sha256(path) != expected:
+        raise UserError(f"{path} is not the public file, its {path.stat().st_size:,} bytes have "
+                        f"another SHA-256: delete it, fetch it with {command}.")
     return path
-
-
-# ---- 3. COCO and your own pictures ----
-
-def clean(caption: str) -> str:
-    """One line, one space between words; what can't be written as UTF-8 becomes a question mark."""
-    return " ".join(caption.encode(errors="replace").decode().split())
-
-
-def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
-    """An RGB picture -> its central square, then Lanczos [U-ViT]: (size, size, 3) uint8."""
-    side = min(image.size)
-    x, y = (image.width - side) // 2, (image.height - side) // 2
-    return np.asarray(image.crop((x, y, x + side, y + side)).resize((size, size), Image.LANCZOS))
-
-
-class Coco:
-    """A split of MS-COCO 2014: pictures by image id, captions in their file's order [U-ViT]."""
-
-    def __init__(self, config: Config, split: str, texts: zipfile.ZipFile):
-        annotations = json.loads(texts.read(f"annotations/captions_{split}2014.json"))
-        names = {image["id"]: image["file_name"] for image in annotations["images"]}
-        captions = {i: [] for i in names}
-        for annotation in annotations["annotations"]:
-            captions[annotation["image_id"]].append(clean(annotation["caption"]))
-        # the first 30,000 of the validation split are those of the paper's own evaluation
-        ids = sorted(i for i in names if captions[i])[:getattr(config, f"{split}_images") or None]
-        self.size, self.archive = config.image_size, None
-        self.names = [f"{split}2014/{names[i]}" for i in ids]
-        self.captions = [captions[i] for i in ids]
-
-    def open(self, archive: Path):
-        self.archive = zipfile.ZipFile(archive)         # is read as it is, not unpacked
-
-    def load(self, i: int) -> np.ndarray:
-        with self.archive.open(self.names[i]) as file, Image.open(file) as image:
-            return crop_and_resize(image.convert("RGB"), self.size)             # a few are grey
-
-
-def open_coco(config: Config) -> tuple[Coco, Coco]:
-    """(training, held-out) with captions; the pictures are there after `open`."""
-    with zipfile.ZipFile(fetch("annotations_trainval2014.zip", config.downloads)) as texts:
-        return Coco(config, "train", texts), Coco(config, "val", texts)
-
-
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture -> RGB: upright by its EXIF data, 16 bits cut to 8, transparent places white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers")
-    if image.mode.startswith("I"):              # 16-bit grey, which Pillow would clip at 255
-        return Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 256)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-class Folder:
-    """Some of the user's own pictures, each with its captions."""
-
-    def __init__(self, config: Config, captions: dict[str, list[str]]):
-        self.size, self.folder = config.image_size, Path(config.pictures)
-        self.names, self.captions = list(captions), list(captions.values())
-
-    def load(self, i: int) -> np.ndarray:
-        with Image.open(self.folder / self.names[i]) as image:
-            return crop_and_resize(to_rgb(image), self.size)
-
-    def check(self, i: int) -> str:
-        """Why picture i can't be read, or ""."""
-        try:
-            self.load(i)
-            return ""
-        except Exception as error:      # a decoder can stumble over a broken file in any way
-            return f"{self.names[i]} ({type(error).__name__}: {error})"
-
-
-def read_captions(folder: Path) -> dict[str, list[str]]:
-    """Picture -> captions: from the folder's .jsonl or .csv, else from the pictures' .txt files.
-
-    A .txt has one caption a line; a .jsonl lines with "file_name" and "text", a caption or a list
-    of them; a .csv columns of these names, and as many rows for a picture as it has captions.
-    """
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    captions = {path.relative_to(folder).as_posix(): [] for path in pictures}
-    tables = sorted(path for path in folder.iterdir() if path.suffix in (".jsonl", ".csv"))
-    if len(tables) > 1:
-        names = ", ".join(path.name for path in tables[:5])
-        raise UserError(f"{folder} has several tables of captions ({names}): "
-                        f"leave only one of them there.")
-    for table in tables:
-        with open(table, encoding="utf-8-sig", errors="replace", newline="") as file:
-            is_csv, number = table.suffix == ".csv", 0
-            rows = csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file))
-            try:
-                for number, row in enumerate(rows, start=1):
-                    texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
-                    captions.setdefault(row["file_name"], []).extend(map(clean, texts))
-            except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
-                raise UserError(f"{table}, after {number} rows: {error!r}; "
-                                f"expected file_name and text in each.") from None
-    for path in pictures if not tables else []:
-        if (beside := path.with_suffix(".txt")).exists():
-            lines = beside.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            captions[path.relative_to(folder).as_posix()] = list(map(clean, lines))
-    return {name: [text for text in texts if text] for name, texts in captions.items()}
-
-
-def say_skipped(why: str, names: list[str]):
-    if names:
-        first = ", ".join(names[:5]) + " ..." * (len(names) > 5)
-        print(f"skipped, {why}: {len(names):,} pictures: {first}")
-
-
-def open_folder(config: Config) -> tuple[Folder, Folder]:
-    """(training, held-out); every picture is decoded once to see whether it can be."""
-    if not config.pictures or not Path(config.pictures).is_dir():
-        raise UserError(f"--pictures={config.pictures}: expected the folder of your pictures and "
-                        f"their captions.")
-    captions = read_captions(Path(config.pictures))
-    say_skipped("without a caption", [name for name, texts in captions.items() if not texts])
-    captions = {name: texts for name, texts in sorted(captions.items()) if texts}
-    everything = Folder(config, captions)
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(everything.check, range(len(captions)))
-        reasons = list(tqdm(checks, total=len(captions), desc="checking pictures"))
-    say_skipped("can't be read", [reason for reason in reasons if reason])
-    names = [name for name, reason in zip(captions, reasons) if not reason]
-    count = config.val_images or min(1000, -(-len(names) // 10))
-    if len(names) <= count:
-        raise UserError(f"{config.pictures} has {len(names)} readable pictures with captions: too "
-                        f"few to hold out {count} of them (--val_images) and train on the others.")
-    order = {name: hashlib.sha256(repr(name).encode()).digest() for name in names}  # never changes
-    held_out = set(sorted(names, key=order.get)[:count])
-    train = [name for name in names if name not in held_out][:config.train_images or None]
-    return tuple(Folder(config, {name: captions[name] for name in part})
-                 for part in (train, sorted(held_out)))
-
-
-OPEN = {"shapes": lambda config: (Shapes(config, "train"), Shapes(config, "val")),
-        "coco": open_coco, "folder": open_folder}
-
-
-# ---- 4. the cache ----
-
-@dataclass
-class Split:
-    """Moments (M, 2C, h, w) float32; pairs (K, 2) of picture and text row, sorted by picture."""
-    moments: np.ndarray
-    pairs: np.ndarray
-
-
-@dataclass
-class Cache:
-    """A cache as train.py and evaluate.py read it; large arrays stay on disk until indexed."""
-    meta: dict
-    captions: list[str]             # R distinct captions; the first is the empty one
-    text: np.ndarray                # (R, L, E) float16, their features; row 0 is the null context
-    autoencoder: dict               # state dict of the linear autoencoder, or empty
-    train: Split
-    val: Split
-    val_images: np.ndarray          # (M, S, S, 3) uint8, the held-out pictures
-
-
-def read_cache(folder: str | Path) -> Cache:
-    """Open a finished cache; raises UserError for anything else."""
-    folder = Path(folder)
-    if not (folder / "meta.json").exists():
-        raise UserError(f"{folder} is not a finished cache (it has no meta.json): run python "
-                        f"prepare_data.py; if it was interrupted, the same command as before goes "
-                        f"on where it stopped.")
-    meta = json.loads((folder / "meta.json").read_text())
-    if meta["format"] != CACHE_FORMAT:
-        raise UserError(f"{folder} has format {meta['format']}, and this code reads "
-                        f"{CACHE_FORMAT}: delete it and prepare again.")
-    captions = (folder / "captions.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    autoencoder = {}
-    if (folder / "autoencoder.npz").exists():
-        with np.load(folder / "autoencoder.npz", allow_pickle=False) as file:
-            autoencoder = {key: torch.from_numpy(file[key]) for key in file.files}
-    def array(name):
-        return np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
-    splits = [Split(array(f"{split}_moments"), np.asarray(array(f"{split}_pairs")))
-              for split in ("train", "val")]
-    return Cache(meta, captions, array("text"), autoencoder, *splits, array("val_images"))
-
-
-def write_json(path: Path, content: dict):
-    """Whole or not at all."""
-    with open(path.with_suffix(".tmp"), "w") as file:
-        file.write(json.dumps(content, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-class Progress:
-    """Arrays that are filled in parts; after a stop, the rows in progress.json are on the disk."""
-    PART = 512
-
-    def __init__(self, folder: Path, made_with: dict):
-        self.folder, self.state = folder, {"made_with": made_with, "rows": {}}
-        if (folder / "progress.json").exists():
-            old = json.loads((folder / "progress.json").read_text())
-            if old.get("made_with") == made_with:
-                self.state = old
-            else:
-                print(f"{folder} was begun with other constants; it is made anew.")
-        write_json(folder / "progress.json", self.state)
-
-    def fill(self, name: str, shape: tuple, dtype: type, produce):
-        """folder/name.npy of `shape`; produce(i, j) yields rows i..j-1, any number at a time."""
-        start, dtype = io.BytesIO(), np.dtype(dtype)
-        fields = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(start, fields)
-        header, row = start.getvalue(), math.prod(shape[1:]) * dtype.itemsize
-        with open(self.folder / f"{name}.npy", "a+b") as file:
-            there = (file.tell() - len(header)) // row  # a power cut can leave fewer than recorded
-            file.seek(0)
-            whole = file.read(len(header)) == header
-            begin = min(self.state["rows"].get(name, 0), there) if whole else 0
-            begin -= begin % self.PART if begin < shape[0] else 0
-            file.truncate(len(header) + begin * row if begin else 0)  # and a kill half a part more
-            if not begin:
-                file.write(header)
-            with tqdm(total=shape[0], initial=begin, desc=name, unit="row") as bar:
-                for i in range(begin, shape[0], self.PART):
-                    j = min(i + self.PART, shape[0])
-                    for rows in produce(i, j):      # on a full disk a memory map would crash
-                        file.write(np.ascontiguousarray(rows, dtype=dtype).tobytes())
-                        bar.update(len(rows))
-                    file.flush()
-                    os.fsync(file.fileno())
-                    self.state["rows"][name] = j
-                    write_json(self.folder / "progress.json", self.state)
-        return np.load(self.folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
-
-
-# ---- 5. preparing ----
-
-BATCH = 64
-
-
-def load_pictures(source, i: int, j: int):
-    """Yields pictures i..j-1 in batches (B, S, S, 3) uint8, read by several threads meanwhile."""
-    with ThreadPoolExecutor() as pool:
-        pictures = pool.map(source.load, range(i, j))
-        while batch := list(islice(pictures, BATCH)):
-            yield np.stack(batch)
-
-
-def encode_pictures(autoencoder, device: torch.device, batches):
-    """Pictures (B, S, S, 3) uint8 -> moments (B, 2C, h, w), batch by batch."""
-    for pictures in batches:
-        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)
-        yield autoencoder.encode(to_unit(x)).cpu().numpy()
-
-
-def encode_captions(text_tower, device: torch.device, captions: list[str], context_len: int):
-    """Captions -> features (B, L, E), batch by batch."""
-    for i in range(0, len(captions), BATCH):
-        yield text_tower(tokenize(captions[i:i + BATCH], context_len).to(device))[0].cpu().numpy()
-
-
-PUBLIC = {"autoencoder": ("kl", "kl-f8.bin", "the KL autoencoder of Stable Diffusion 1.4, f8"),
-          "text_tower": ("clip", "clip-vit-large-patch14.bin", "CLIP ViT-L/14")}
-
-
-def describe_network(config: Config, flag: str) -> dict:
-    """meta["autoencoder"] or meta["text_tower"]: what to load; public weights are fetched."""
-    if flag == "autoencoder":
-        stand_in = {"kind": "linear", "about": "closed-form principal components of 4x4 patches, "
-                                               "a stand-in for the KL autoencoder"}
-    else:
-        stand_in = {"kind": "random", "seed": config.seed, "context_len": config.context_len,
-                    "about": "small, random and frozen, a stand-in for CLIP's"}
-    (kind, public, about), choice = PUBLIC[flag], getattr(config, flag)
-    if choice == stand_in["kind"]:
-        return stand_in
-    if choice == kind:
-        fetch(public, config.weights)
-        return {"kind": kind, "file": public, "sha256": FILES[public][2], "about": about}
-    path, weights = Path(choice).resolve(), Path(config.weights).resolve()
-    if not path.is_file():
-        expected = f"{stand_in['kind']}, {kind} or a file of weights"
-        raise UserError(f"--{flag}={choice}: expected {expected}.")
-    # named by its place in the folder of weights, or in full if it is elsewhere
-    file = path.relative_to(weights).as_posix() if path.is_relative_to(weights) else str(path)
-    about = f"{kind}, weights of {path.name}"
-    return {"kind": kind, "file": file, "sha256": sha256(path), "about": about}
-
-
-def plan(config: Config, folder: Path, train, val, captions: list[str], moments: tuple, E: int):
-    """The arrays to be filled, name -> (shape, dtype); raises UserError if there is no room.
-
-    Text features are large, for COCO 444,000 of 77 x 768 numbers, 53 GB. The other way, the text
-    tower in the training loop, costs 14% more work in each of a million steps, and another kind of
-    batch. The price is reading 256 rows of 118 kB a step, in the background. Measured with one
-    thread: 450 rows/s from a disk of 600 MB/s, 3,900 from memory; take an SSD, or 64 GB of memory.
-    """
-    S, M, N, R = config.image_size, len(val.names), len(train.names), len(captions)
-    arrays = {"val_images": ((M, S, S, 3), np.uint8), "val_moments": ((M, *moments), np.float32),
-              "train_moments": ((N, *moments), np.float32),
-              "text": ((R, config.context_len, E), np.float16)}
-    files = {folder / f"{name}.npy": 128 + math.prod(shape) * np.dtype(dtype).itemsize
-             for name, (shape, dtype) in arrays.items()}
-    pairs = sum(map(len, train.captions + val.captions))
-    small = 4_000_000 + 16 * pairs + sum(len(caption.encode()) + 1 for caption in captions)
-    needs = {folder: count_missing(files) + small}
-    if config.dataset == "coco":
-        archives = {find_download(name, config.downloads): FILES[name][1] for name in ARCHIVES}
-        needs[Path(config.downloads)] = count_missing(archives)
-    check_space(needs)
-    return arrays
-
-
-def write_captions(folder: Path, captions: list[str], train, val):
-    """captions.txt, and for each split the pairs of picture and caption row."""
-    lines = "".join(caption + "\n" for caption in captions)
-    (folder / "captions.txt").write_text(lines, encoding="utf-8")
-    row = {caption: i for i, caption in enumerate(captions)}
-    for split, source in (("train", train), ("val", val)):
-        pairs = [(i, row[text]) for i, texts in enumerate(source.captions) for text in texts]
-        np.save(folder / f"{split}_pairs.npy", np.array(pairs, dtype=np.int64))
-
-
-def measure_scale(moments: np.ndarray, latent_std: float) -> tuple[float, float]:
-    """(the factor that gives all latents standard deviation `latent_std`, their mean before it)."""
-    total, squares, n = 0.0, 0.0, 0
-    for i in range(0, len(moments), 512):
-        part = torch.from_numpy(moments[i:i + 512])
-        noise = torch.randn(len(part), part.shape[1] // 2, *part.shape[2:],
-                            generator=torch.Generator().manual_seed(i))
-        z = sample_latent(part, noise).double()
-        total, squares, n = total + z.sum().item(), squares + z.square().sum().item(), n + z.numel()
-    mean = total / n
-    # for COCO expect about U-ViT's 0.23010; 0.18215 is Stable Diffusion's, of other pictures
-    return latent_std * (squares / n - mean ** 2) ** -0.5, mean
-
-
-@torch.no_grad()
-def prepare(config: Config, made_with: dict, folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    train, val = OPEN[config.dataset](config)
-    val.captions = [texts[:1] for texts in val.captions]
-    distinct = {text for source in (train, val) for texts in source.captions for text in texts}
-    captions = ["", *sorted(distinct - {""})]
-    S, L, N, M = config.image_size, config.context_len, len(train.names), len(val.names)
-    contents = repr([(list(source.names), source.captions) for source in (train, val)])
-    contents = hashlib.sha256(contents.encode()).hexdigest()
-
-    # the frozen networks; the stand-ins stay on the CPU, so that a GPU makes no difference
-    networks = about, about_text = [describe_network(config, flag) for flag in PUBLIC]
-    progress = Progress(folder, {"config": made_with, "networks": networks, "contents": contents})
-    linear, random = about["kind"] == "linear", about_text["kind"] == "random"
-    device, text_device = [torch.device("cpu") if stand_in else choose_device()
-                           for stand_in in (linear, random)]
-    weights = Path(config.weights)
-    autoencoder = LinearAutoencoder() if linear else load_vae(weights / about["file"]).to(device)
-    if random:
-        text_tower = random_clip_text(config.seed, L)
-        about_text = about_text | {"sha256": weights_sha256(text_tower)}
-    else:
-        text_tower = load_clip_text(weights / about_text["file"]).to(text_device)
-    longest, E = text_tower.positional_embedding.shape
-    if L > longest:
-        raise UserError(f"--context_len={L}: the text tower takes at most {longest} tokens.")
-
-    C2, h, w = autoencoder.encode(torch.zeros(1, 3, S, S, device=device)).shape[1:]
-    arrays = plan(config, folder, train, val, captions, (C2, h, w), E)
-    print(f"time: {N + M:,} pictures go through the {about['kind']} autoencoder ({device.type}), "
-          f"{len(captions):,} captions through the {about_text['kind']} text tower "
-          f"({text_device.type}); each bar tells how long, after a first batch.")
-
-    # pictures -> moments
-    if config.dataset == "coco":
-        for source, name in zip((train, val), ARCHIVES):
-            source.open(fetch(name, config.downloads))
-    if linear:
-        pictures = np.concatenate(list(load_pictures(train, 0, min(4096, N))))
-        autoencoder.fit(to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2)))
-        state = {key: value.numpy() for key, value in autoencoder.state_dict().items()}
-        np.savez(folder / "autoencoder.npz", **state)
-    val_images = progress.fill("val_images", *arrays["val_images"],
-                               lambda i, j: load_pictures(val, i, j))
-    progress.fill("val_moments", *arrays["val_moments"], lambda i, j: encode_pictures(
-        autoencoder, device, (val_images[k:min(k + BATCH, j)] for k in range(i, j, BATCH))))
-    moments = progress.fill("train_moments", *arrays["train_moments"], lambda i, j: encode_pictures(
-        autoencoder, device, load_pictures(train, i, j)))
-
-    # captions -> features
-    write_captions(folder, captions, train, val)
-    if config.dataset == "shapes":
-        unseen = [scene in unseen_scenes() for scene in val.scenes]
-        np.save(folder / "val_unseen.npy", np.array(unseen))
-    progress.fill("text", *arrays["text"],
-                  lambda i, j: encode_captions(text_tower, text_device, captions[i:j], L))
-    tokens = tqdm(captions, desc="counting tokens", delay=2)
-    truncated = sum(count_truncated([caption], L) for caption in tokens)
-    if truncated:
-        print(f"{truncated:,} captions are longer than {L} tokens and were cut short.")
-
-    latent_shape, latent_std = (C2 // 2, h, w), LATENT_STD if linear else 1.0
-    scale, mean = measure_scale(moments, latent_std)
-    shown = torch.from_numpy(moments[:24]).chunk(2, dim=1)[0].to(device)
-    decoded = to_uint8(autoencoder.decode(shown)).cpu()
-    labels = [texts[0] for texts in train.captions[:24]]
-    draw_grid(decoded, labels, columns=8).save(folder / "preview.png")
-    write_json(folder / "meta.json", {
-        "format": CACHE_FORMAT, "dataset": config.dataset, "image_size": S, "config": made_with,
-        "train_images": N, "val_images": M, "captions": len(captions), "truncated": truncated,
-        "contents": contents, "null_context": "row 0 of text.npy, the empty caption",
-        "latent_shape": latent_shape, "latent_scale": scale, "latent_mean": mean,
-        "latent_std": latent_std, "autoencoder": about, "text_tower": about_text})
-    (folder / "progress.json").unlink()
-    print(f"{folder}: {N:,} training and {M:,} held-out pictures, {len(captions):,} distinct "
-          f"captions; latents {latent_shape}, scale {scale:.4f}. Look at {folder / 'preview.png'}.")
-
-
-def main(config: Config):
-    config = complete(config)
-    folder = Path(config.out or f"data/{config.dataset}")
-    made_with = {key: value for key, value in asdict(config).items()
-                 if key not in ("out", "downloads", "weights")}
-    if (folder / "meta.json").exists():
-        before = json.loads((folder / "meta.json").read_text())["config"]
-        if before != made_with:
-            raise UserError(f"{folder} was made with {before}: to keep it, name another folder "
-                            f"with --out=FOLDER; else delete it.")
-        return print(f"{folder} is complete; nothing to do.")
-    try:
-        prepare(config, made_with, folder)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"The disk is full ({error}); nothing is lost: make room and run the same "
-                        f"command again, which goes on where it stopped.") from None
 
 
 if __name__ == "__main__":

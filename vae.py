@@ -9,17 +9,13 @@ A data cache holds moments, so that a picture has another latent each time it is
 model works on latent_scale * z; callers apply that factor, and `decode` takes z without it.
 
 `KLAutoencoder` is the one of U-ViT and the paper: the "f8" of latent diffusion [LDM], C = 4,
-h = H/8, w = W/8. The encoder halves a picture three times, the decoder doubles it three times, and
-each attends over all places once, at the lowest resolution. It isn't trained here: `load_vae` reads
-public weights in any of their key layouts. Parameters have their authors' (CompVis's) names.
-
-`LinearAutoencoder` is the stand-in of the shapes dataset, which needs no download: the principal
-components of 4x4 patches, C = 16, h = H/4, w = W/4, behind the same `encode` and `decode`.
+h = H/8, w = W/8, under its authors' (CompVis's) names. It isn't trained here: `load_vae` reads
+public weights. `LinearAutoencoder` is the stand-in of the shapes, which needs no download: the
+principal components of 4x4 patches, C = 16, h = H/4, w = W/4.
 
 Four parts: 1 pixels, moments, latents, 2 KL autoencoder, 3 linear autoencoder, 4 loading.
 [LDM] arXiv 2112.10752
 """
-import functools
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -28,10 +24,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError, find_encoder, load_strictly, read_weights
+from model import UserError, find_weights, load_strictly, read_weights, reading
 
 CHUNK = 8           # images at a time: at 256x256 the KL decoder needs about 0.3 GB for each
-GROUPS = 32         # of every group norm; numbers of channels are multiples of it
 LATENT = 4          # C of the KL autoencoder
 
 
@@ -53,29 +48,21 @@ def sample_latent(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
 
 
-def in_float32(function):
-    """`encode` or `decode` in float32, even inside autocast, CHUNK images at a time, no gradients.
-
-    In float16 the KL autoencoder overflows and pictures come out black; TF32, with the range of
-    float32, does no harm. Raises FloatingPointError if NaN or infinity comes out.
-    """
-    @functools.wraps(function)
-    @torch.no_grad()
-    def wrapped(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            y = torch.cat([function(self, part.float()) for part in x.split(CHUNK)])
-        if not y.isfinite().all():
-            name, sound = function.__qualname__, x.isfinite().all()
-            why = "its input has none, so its weights are bad" if sound else "so has its input"
-            raise FloatingPointError(f"The output of {name} has NaN or infinity; {why}.")
-        return y
-    return wrapped
+@torch.no_grad()
+def in_chunks(network, x: torch.Tensor) -> torch.Tensor:
+    """network(x) in float32, CHUNK images at a time; FloatingPointError if NaN comes out."""
+    with torch.autocast(x.device.type, enabled=False):  # in float16, pictures come out black
+        y = torch.cat([network(part.float()) for part in x.split(CHUNK)])
+    if not y.isfinite().all():
+        cause = "weights are bad" if x.isfinite().all() else "input has some"
+        raise FloatingPointError(f"The autoencoder gave NaN or infinity: its {cause}.")
+    return y
 
 
 # ---- 2. KL autoencoder ----
 
 def group_norm(width):
-    return nn.GroupNorm(GROUPS, width, eps=1e-6)                # torch's own eps is 1e-5
+    return nn.GroupNorm(32, width, eps=1e-6)                    # torch's own eps is 1e-5
 
 
 def conv(before, after):
@@ -133,36 +120,42 @@ class KLAutoencoder(nn.Module):
     def __init__(self, channels: int = 128, multipliers: tuple[int, ...] = (1, 2, 4, 4),
                  blocks: int = 2):
         super().__init__()
-        widths = [channels * multiplier for multiplier in multipliers]  # the picture's level first
-        last, down, up = len(widths) - 1, {}, {}
-        for i, width in enumerate(widths):
-            down[str(i)] = chain(block=resnets(widths[i - 1] if i > 0 else channels, width, blocks))
-            up[str(i)] = chain(block=resnets(widths[min(i + 1, last)], width, blocks + 1))
-            if i < last:                        # [LDM] pads only at the right and the bottom
-                down[str(i)].downsample = chain(pad=nn.ZeroPad2d((0, 1, 0, 1)),
-                                                conv=nn.Conv2d(width, width, 3, stride=2))
-            if i > 0:
-                up[str(i)].upsample = chain(repeat=nn.Upsample(scale_factor=2),
-                                            conv=conv(width, width))
-        up = dict(reversed(up.items()))         # runs from the deepest level to level 0
-        self.encoder = chain(conv_in=conv(3, channels), down=chain(**down), mid=middle(widths[-1]),
-                             norm_out=group_norm(widths[-1]), silu=nn.SiLU(),
-                             conv_out=conv(widths[-1], 2 * LATENT))
-        self.quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1)
-        self.post_quant_conv = nn.Conv2d(LATENT, LATENT, 1)
-        self.decoder = chain(conv_in=conv(LATENT, widths[-1]), mid=middle(widths[-1]),
-                             up=chain(**up), norm_out=group_norm(widths[0]), silu=nn.SiLU(),
-                             conv_out=conv(widths[0], 3))
+        widths = [channels * multiplier for multiplier in multipliers]
+        deepest = widths[-1]
 
-    @in_float32
+        down, before = nn.Sequential(), channels
+        for i, width in enumerate(widths):      # level 0 is the picture's
+            level = chain(block=resnets(before, width, blocks))
+            if i < 3:                           # [LDM] pads only at the right and the bottom
+                level.downsample = chain(pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                                         conv=nn.Conv2d(width, width, 3, stride=2))
+            down.append(level)
+            before = width
+        self.encoder = chain(conv_in=conv(3, channels), down=down, mid=middle(deepest),
+                             norm_out=group_norm(deepest), silu=nn.SiLU(),
+                             conv_out=conv(deepest, 2 * LATENT))
+        self.quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1)
+
+        up, before = nn.Sequential(), deepest
+        for i in (3, 2, 1, 0):                  # the order in which they run
+            width = widths[i]
+            level = chain(block=resnets(before, width, blocks + 1))
+            if i > 0:
+                level.upsample = chain(repeat=nn.Upsample(scale_factor=2), conv=conv(width, width))
+            up.add_module(str(i), level)
+            before = width
+        self.post_quant_conv = nn.Conv2d(LATENT, LATENT, 1)
+        self.decoder = chain(conv_in=conv(LATENT, deepest), mid=middle(deepest), up=up,
+                             norm_out=group_norm(before), silu=nn.SiLU(),
+                             conv_out=conv(before, 3))
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> moments (B, 8, H/8, W/8). At 256x256: 136 G multiply-adds."""
-        return self.quant_conv(self.encoder(x))
+        return in_chunks(lambda part: self.quant_conv(self.encoder(part)), x)
 
-    @in_float32
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent (B, 4, h, w) -> (B, 3, 8h, 8w), about [-1, 1]. To 256x256: 311 G multiply-adds."""
-        return self.decoder(self.post_quant_conv(z))
+        return in_chunks(lambda part: self.decoder(self.post_quant_conv(part)), z)
 
 
 # ---- 3. linear autoencoder ----
@@ -170,8 +163,11 @@ class KLAutoencoder(nn.Module):
 class LinearAutoencoder(nn.Module):
     """Principal components of 4x4 RGB patches, in closed form: the best linear code of 16 numbers.
 
-    They are half whitened: each is divided by the root of its standard deviation. Otherwise the few
-    that tell a circle from a square would be so small that noise hides them at nearly every step.
+        z = V^(-1/4) U (patch - mean)           patch = mean + U^T V^(1/4) z
+
+    U (16, 48) has the eigenvectors of the patches' covariance as rows, V the largest eigenvalues on
+    its diagonal. So z_k has variance sqrt(V_k): half whitened. Otherwise the few components that
+    tell a circle from a square would be so small that noise hides them at nearly every step.
     """
 
     PATCH, CHANNELS = 4, 16
@@ -180,18 +176,18 @@ class LinearAutoencoder(nn.Module):
         super().__init__()
         numbers = 3 * self.PATCH ** 2
         self.register_buffer("mean", torch.zeros(numbers))
-        self.register_buffer("components", torch.zeros(self.CHANNELS, numbers))  # orthogonal rows
+        self.register_buffer("components", torch.zeros(self.CHANNELS, numbers))     # V^(-1/4) U
 
     def fit(self, x: torch.Tensor) -> "LinearAutoencoder":
         """Principal components of the patches of x (M, 3, H, W) in [-1, 1]."""
         patches = self.cut(x).flatten(0, 2).double()            # (M*h*w, 48)
         self.mean.copy_(patches.mean(0))
-        variances, vectors = torch.linalg.eigh(patches.T.cov())         # in columns, ascending
-        components = vectors.T.flip(0)[:self.CHANNELS]
-        largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-        components *= largest.sign()                    # an eigenvector's sign is arbitrary: fix it
-        variances = variances.flip(0)[:self.CHANNELS, None].clamp(min=1e-6)     # there may be fewer
-        self.components.copy_(components * variances ** -0.25)
+        V, vectors = torch.linalg.eigh(patches.T.cov())         # in columns, ascending
+        U = vectors.T.flip(0)[:self.CHANNELS]
+        V = V.flip(0)[:self.CHANNELS, None].clamp(min=1e-6)     # there may be fewer
+        largest = U.gather(1, U.abs().argmax(1, keepdim=True))
+        U *= largest.sign()                     # an eigenvector's sign is arbitrary: fix it
+        self.components.copy_(U * V ** -0.25)
         return self
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
@@ -199,32 +195,34 @@ class LinearAutoencoder(nn.Module):
         P = self.PATCH
         return x.unfold(2, P, P).unfold(3, P, P).permute(0, 2, 3, 1, 4, 5).flatten(3)
 
-    @in_float32
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> moments (B, 32, H/4, W/4) with the least log-variance."""
-        mean = ((self.cut(x) - self.mean) @ self.components.T).permute(0, 3, 1, 2)  # (B, 16, h, w)
-        return torch.cat([mean, torch.full_like(mean, -30)], dim=1)   # variance exp(-30): no noise
+        def project(part):
+            z = (self.cut(part) - self.mean) @ self.components.T            # (B, h, w, 16)
+            mean = z.permute(0, 3, 1, 2)
+            return torch.cat([mean, torch.full_like(mean, -30)], dim=1)     # exp(-30): no noise
+        return in_chunks(project, x)
 
-    @in_float32
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent (B, 16, h, w) -> (B, 3, 4h, 4w), about [-1, 1]."""
-        inverse = self.components / self.components.square().sum(1, keepdim=True)
-        patches = z.permute(0, 2, 3, 1) @ inverse + self.mean                   # (B, h, w, 48)
-        patches = patches.unflatten(3, (3, self.PATCH, self.PATCH))             # (B, h, w, 3, P, P)
-        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)    # (B, 3, h*P, w*P)
+        def expand(part):
+            inverse = self.components / self.components.square().sum(1, keepdim=True)
+            patches = part.permute(0, 2, 3, 1) @ inverse + self.mean        # (B, h, w, 48)
+            patches = patches.unflatten(3, (3, self.PATCH, self.PATCH))     # (B, h, w, 3, P, P)
+            return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return in_chunks(expand, z)
 
 
 # ---- 4. loading ----
 
+KL_FILE = "weights of an f8 KL autoencoder, by CompVis's or diffusers' names"
 COMPVIS = {                 # diffusers -> CompVis; old files say query, key, value, proj_attn
     r"mid_block\.resnets\.0": "mid.block_1",
     r"mid_block\.resnets\.1": "mid.block_2",
     r"mid_block\.attentions\.0": "mid.attn_1",
     r"attn_1\.group_norm": "attn_1.norm",
-    r"attn_1\.(?:to_q|query)": "attn_1.q",
-    r"attn_1\.(?:to_k|key)": "attn_1.k",
-    r"attn_1\.(?:to_v|value)": "attn_1.v",
-    r"attn_1\.(?:to_out\.0|proj_attn)": "attn_1.proj_out",
+    r"attn_1\.(to_)?(q|k|v)(uery|ey|alue)?\.": r"attn_1.\2.",
+    r"attn_1\.(to_out\.0|proj_attn)": "attn_1.proj_out",
     r"down_blocks": "down",
     r"(down|up)samplers\.0": r"\1sample",
     r"resnets": "block",
@@ -235,10 +233,10 @@ COMPVIS = {                 # diffusers -> CompVis; old files say query, key, va
 
 def rename_to_compvis(state: dict) -> dict:
     """A state dict in either of diffusers' layouts -> CompVis's, in which it may be already."""
-    levels = len({key.split(".")[2] for key in state if key.startswith("decoder.up_blocks.")})
     renamed = {}
-    for key, value in state.items():    # diffusers counts the decoder's levels the other way round
-        key = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", key)
+    for key, value in state.items():
+        # diffusers counts the decoder's levels in the order in which they run
+        key = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{3 - int(match[1])}", key)
         for diffusers, compvis in COMPVIS.items():
             key = re.sub(diffusers, compvis, key)
         if re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", key):
@@ -253,32 +251,30 @@ def load_vae(path: str | Path) -> KLAutoencoder:
     Its keys may be CompVis's or diffusers', bare, in a "state_dict", or in a Stable Diffusion.
     The rest of that, and a discriminator (`loss.`), are left out. Raises UserError for other files.
     """
-    state = read_weights(path)
-    state = state.get("state_dict", state)
-    first_keys = ", ".join(map(str, list(state)[:5]))
-    for prefix in ("first_stage_model.", "vae."):
-        if inside := [key for key in state if key.startswith(prefix)]:
-            state = {key.removeprefix(prefix): state[key] for key in inside}
-    state = rename_to_compvis({key: state[key] for key in state if not key.startswith("loss.")})
-
-    first = re.compile(r"encoder\.(conv_in|down\.\d\.block\.0\.conv1)\.weight")
-    channels, *widths = [len(state[key]) for key in sorted(state) if first.fullmatch(key)] or [0]
-    if len(widths) != 4 or channels % GROUPS or any(width % channels for width in widths):
-        raise UserError(f"{path} holds no f8 KL autoencoder: expected encoder.*, decoder.*, "
-                        f"quant_conv.* and post_quant_conv.*, perhaps after first_stage_model. "
-                        f"or vae., and four levels with multiples of {GROUPS} channels; its first "
-                        f"keys are {first_keys}.")
-    blocks = len({key.split(".")[4] for key in state if key.startswith("encoder.down.0.block.")})
-    vae = KLAutoencoder(channels, tuple(width // channels for width in widths), blocks)
+    with reading(path, KL_FILE):
+        state = read_weights(path)
+        state = state.get("state_dict", state)
+        first_keys = ", ".join(map(str, list(state)[:5]))
+        for prefix in ("first_stage_model.", "vae."):
+            inside = [key for key in state if key.startswith(prefix)]
+            state = {key.removeprefix(prefix): state[key] for key in inside or state}
+        state = {key: state[key] for key in state if not key.startswith("loss.")}
+        state = rename_to_compvis(state)
+        if "encoder.conv_in.weight" not in state:
+            raise UserError(f"{path} holds no KL autoencoder: expected {KL_FILE}; its first keys "
+                            f"are {first_keys}.")
+        channels = len(state["encoder.conv_in.weight"])
+        widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(4)]
+        blocks = {key.split(".")[4] for key in state if key.startswith("encoder.down.0.block.")}
+        vae = KLAutoencoder(channels, tuple(width // channels for width in widths), len(blocks))
     return load_strictly(vae, state, path).eval().requires_grad_(False)
 
 
 def load_autoencoder(description: dict, state: dict | None, folder: str | Path) -> nn.Module:
-    """The autoencoder of a data cache or a checkpoint; its meta["autoencoder"] is `description`.
+    """The autoencoder that a cache or a checkpoint describes in meta["autoencoder"], or UserError.
 
-    {"kind": "linear"}: made of `state`. {"kind": "kl", "file": name, "sha256": digest}: read from
-    that file in `folder`. Raises UserError if there is none, or if it has another digest.
+    {"kind": "linear"} is made of `state`, {"kind": "kl", "file", "sha256"} is a file in `folder`.
     """
     if description["kind"] == "linear":
         return load_strictly(LinearAutoencoder(), state, "the stored state").eval()
-    return load_vae(find_encoder(description, folder, "the autoencoder"))
+    return load_vae(find_weights(description, folder, "the autoencoder"))

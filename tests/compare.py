@@ -1,223 +1,462 @@
-"""Do the paper's claims hold? The four models on captioned shapes: same seed, data and steps.
+"""Where should text meet the image? Networks trained alike, and what they draw along the way.
 
-    python tests/compare.py                 # small: the models of train.py, 32x32 pixels, a CPU
-    python tests/compare.py --seed=1        # once more, with another seed
-    python tests/compare.py --size=S        # width 512, 256 image and 77 text tokens; wants a GPU
-    python tests/compare.py --report=True   # trains nothing: only collects what there is
+    python tests/compare.py                                     # the four models, five seeds
+    python tests/compare.py --models=positions --seeds=4 --until=2400
+    python tests/compare.py --models=positions --seeds=3 --task=anywhere
+    python tests/compare.py --models=all --report --to=assets   # trains nothing: tables, figures
+    python tests/compare.py --sweep=out/shapes/eval             # draws the --sweep of evaluate.py
 
-A fifth run gives intermediate/concat the training time of early/concat, not its number of steps.
-Then all draw the same 1,000 held-out captions from the same noise, and the detector of evaluate.py
-reads the pictures. A run that is there is not trained again; an interrupted one goes on. The report
-takes the runs of all seeds together:
+Every 300 steps the EMA draws the same held-out captions, 160 of them and 500 after the last step,
+from the same noise (picture i has seed i), and the detector of evaluate.py reads the pictures. So
+each run is a curve: the share that is right in everything, against steps or multiply-adds (3 for
+each of a forward pass, the text path included).
 
-    out/compare-SIZE/MODEL-SEED/    the runs, with log.csv and eval.json
-    out/compare-SIZE/results.json   every figure of every run; --to=assets: the README's files
-        curves-SIZE.png             held-out loss against steps, and against multiply-adds spent
-        compare-SIZE.png            the first held-out captions, a row for each model
+Models are compared with runs of the same seed, which see the same batches and noise; intervals are
+of 95%, by Student's t over the seeds. Whole runs are not trained again, interrupted ones resume,
+and of two calls at a time each takes what the other has not begun. `until` ends a run at that step
+of the same schedule; a later call without it resumes.
+
+    out/compare/TASK/MODEL-SEED/    curve.json; run/, as train.py leaves it; output.txt
+    TO/results.json                 all runs, those of other machines too, if they are there
+    TO/work.png, positions.png, guidance.png
 """
 import csv
 import json
-import statistics
+import math
+import os
+import shutil
+import signal
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
 
+import numpy as np
 import torch
-from PIL import Image
+from matplotlib.figure import Figure
+from scipy import stats
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import evaluate
 import prepare_data
 import train
-from model import UserError, read_checkpoint, run
-from prepare_data import write_json
-from sample import draw_grid
+import where
+from model import (Constants, FilePath, Positive, UserError, choose_device, count_multiply_adds,
+                   one_writer, run, write_json, writing)
+from prepare_data import BACKGROUND, Scene, draw_scene, scene_of, unseen_scenes
+from sample import sample_latents
+from vae import load_autoencoder, to_uint8
+
+CONCAT = {"fusion": "intermediate", "conditioning": "concat"}
+MODELS = {      # name -> what differs from the constants of train.py
+    "early-concat": {"fusion": "early", "conditioning": "concat"},
+    "early-cross": {"fusion": "early", "conditioning": "cross_attention"},
+    "intermediate-concat": CONCAT,
+    "intermediate-cross": {"fusion": "intermediate", "conditioning": "cross_attention"},
+    "shift-2": CONCAT | {"fuse_shift": -2},             # the window is at the front
+    "shift-1": CONCAT | {"fuse_shift": -1},
+    "shift+1": CONCAT | {"fuse_shift": 1},
+    "shift+2": CONCAT | {"fuse_shift": 2},
+    "notext": CONCAT | {"n_text": 0},                   # no text blocks
+    "text1": CONCAT | {"n_text": 1},
+    "text4": CONCAT | {"n_text": 4},
+    "shift-2-notext": CONCAT | {"fuse_shift": -2, "n_text": 0},
+    "wide-notext": CONCAT | {"n_image": 0, "n_fuse": 9, "n_text": 0},   # the window is everything
+    "wide-text2": CONCAT | {"n_image": 0, "n_fuse": 9, "n_text": 2}}
+GROUPS = {
+    "all": list(MODELS),
+    "four": ["early-concat", "early-cross", "intermediate-concat", "intermediate-cross"],
+    "positions": ["shift-2", "shift-1", "intermediate-concat", "shift+1", "shift+2"],
+    "text": ["notext", "intermediate-concat", "text1", "text4", "wide-notext", "wide-text2"]}
+TASKS = {       # name -> (constants of prepare_data.py, constants of train.py)
+    "shapes": ({}, {}),
+    "anywhere": ({"out": "data/anywhere"}, {}),         # the text says what, but not where
+    "S": ({"out": "data/shapes64", "image_size": 64, "context_len": 77},    # wants a GPU
+          {"width": 512, "heads": 8, "depth": 13, "n_image": 4, "n_text": 4, "init_std": 0.02,
+           "batch_size": 256, "steps": 3600, "learning_rate": 5e-4, "warmup": 500})}
+BASE = "early-concat"
+LEVELS = (0.8, 0.9, 0.95)
 
 
 @dataclass
-class Config:
-    size: str = "small"             # or S
-    seed: int = 0                   # of the training
-    steps: int = 0                  # of each model; 0 = the size's own
-    n: int = 1000                   # held-out captions
-    speed: float = 0.0              # images/s to early/concat's of the fifth run; 0 = by the logs
-    report: bool = False            # True: train and evaluate nothing
-    to: str = ""                    # folder of the report; "" = out/compare-SIZE
+class Config(Constants):
+    models: str = "four"            # a group of them, or names, separated by commas
+    seeds: Positive = 5             # 0, 1, ...
+    until: Positive | None = None   # stop at this step of the schedule; None: at its end
+    task: Literal["shapes", "anywhere", "S"] = "shapes"
+    processes: Positive = 2         # runs at a time, with one thread each
+    report: bool = False            # True: train nothing
+    to: FilePath = "out/compare"    # folder of the report
+    sweep: FilePath | None = None   # draw only this: a folder of evaluate.py's folders
+    one: str | None = None          # train only this run, such as early-concat-0, in this process
 
 
-MODELS = {f"{fusion}-{how.split('_')[0]}": {"fusion": fusion, "conditioning": how}
-          for fusion in ("early", "intermediate") for how in ("concat", "cross_attention")}
-EQUAL_TIME = "intermediate-concat-equal-time"
-SIZES = {       # size -> (constants of prepare_data.py, constants of train.py), where they differ
-    "small": ({}, {"steps": 1200}),
-    "S": ({"out": "data/shapes64", "image_size": 64, "context_len": 77},
-          {"width": 512, "heads": 8, "depth": 13, "n_image": 4, "n_text": 4, "init_std": 0.02,
-           "batch_size": 256, "steps": 3600, "learning_rate": 5e-4, "warmup": 500})}
+# ---- 1. the measure ----
+
+EVERY, ON_THE_WAY, AT_THE_END = 300, 160, 500           # steps, captions, captions
 
 
-# ---- 1. the runs ----
+class Examination:
+    """What train.py calls at regular steps: the EMA draws, the detector judges."""
 
-def folder_of(config: Config, name: str) -> Path:
-    return Path("out") / f"compare-{config.size}" / f"{name}-{config.seed}"
+    def __init__(self, path: Path, facts: dict, constants: train.Config, until: int):
+        self.path, self.constants, self.until = path, constants, until
+        (cache, uvit), device = train.open_data(constants, rank=0), choose_device()
+        self.facts = facts | {"multiply_adds": count_multiply_adds(uvit)}
+        self.curve = read_curve(path.parent)
+        self.captions = evaluate.choose_prompts(cache, evaluate.Config(n=AT_THE_END))[1]
+        texts = [0, *(cache.captions.index(caption) for caption in self.captions)]
+        text = torch.from_numpy(cache.text[texts]).float().to(device)
+        self.null_context, self.context = text[0], text[1:]
+        self.scale = cache.meta["latent_scale"]
+        self.autoencoder = load_autoencoder(cache.meta["autoencoder"], cache.autoencoder,
+                                            constants.weights).to(device)
 
+    def examine(self, step: int, net, ema, folder: Path):
+        last = step == self.constants.steps
+        captions = self.captions[:AT_THE_END if last else ON_THE_WAY]
+        pictures = self.draw(ema, len(captions))
+        rights = [evaluate.judge_picture(picture, scene_of()[caption])
+                  for picture, caption in zip(pictures, captions)]
+        point = {"step": step, "captions": len(captions)}
+        for kind in evaluate.KINDS:
+            values = [right[kind] for right in rights if kind in right]
+            point[kind] = float(np.mean(values)) if values else None
+        point["scores"] = evaluate.score_shapes(pictures, captions)     # seen and unseen apart
+        with open(folder / "log.csv", newline="") as file:
+            *_, log = csv.DictReader(file)                              # its last line
+        point |= {key: float(log[key]) for key in ("held_out_raw", "held_out_ema")}
+        self.curve = [earlier for earlier in self.curve if earlier["step"] < step] + [point]
+        write_json(self.path, self.facts | {"seconds": float(log["seconds"]), "curve": self.curve})
+        print(f"step {step:,}: {100 * point['everything']:.1f}% of {len(captions)} captions right")
+        if self.until <= step and not last:
+            signal.raise_signal(signal.SIGTERM)         # train.py saves the next step and ends
 
-def train_model(config: Config, name: str, choice: dict, steps: int):
-    """Train one model, or go on with it; KeyboardInterrupt if it was stopped before its end."""
-    prepare, constants = SIZES[config.size]
-    folder, data = folder_of(config, name), prepare.get("out", train.Config.data)
-    if not (Path(data) / "meta.json").exists():
-        prepare_data.main(prepare_data.Config(**prepare))
-    if there := (folder / "last.pt").exists():
-        checkpoint = read_checkpoint(folder / "last.pt")
-        planned = checkpoint["config"]["steps"]
-        if planned != steps:            # its rate fell to 0 elsewhere: no run of that length
-            raise UserError(f"{folder} is a run of {planned:,} steps, not of {steps:,}: ask for "
-                            "its own --steps and --speed, or move it away.")
-        if checkpoint["step"] >= steps:
-            return
-    print(f"\n---- {folder} ----")
-    train.main(train.Config(**constants | choice | {
-        "data": data, "name": str(folder.relative_to("out")), "seed": config.seed, "resume": there,
-        "steps": steps, "validate_every": max(1, steps // 10), "save_every": max(1, steps // 4),
-        "draw_every": steps, "score": False}))
-    if read_checkpoint(folder / "last.pt")["step"] < steps:
-        raise KeyboardInterrupt
-
-
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's log.csv, with the columns that they fill."""
-    with open(folder / "log.csv", newline="") as file:
-        return [{key: float(value) for key, value in line.items() if value}
-                for line in csv.DictReader(file)]
-
-
-def median_speed(folder: Path) -> float:
-    """images/s of a run, the median over its log."""
-    return statistics.median(line["images_per_second"] for line in read_log(folder))
-
-
-def train_all(config: Config):
-    steps = config.steps or SIZES[config.size][1]["steps"]
-    for name, choice in MODELS.items():
-        train_model(config, name, choice, steps)
-    early, intermediate = [median_speed(folder_of(config, name))
-                           for name in ("early-concat", "intermediate-concat")]
-    longer = round(steps * (config.speed or intermediate / early))
-    train_model(config, EQUAL_TIME, MODELS["intermediate-concat"], longer)
-    checkpoints = [folder_of(config, name) / "last.pt" for name in (*MODELS, EQUAL_TIME)]
-    evaluate.main(evaluate.Config(checkpoint=",".join(map(str, checkpoints)), n=config.n,
-                                  data=SIZES[config.size][0].get("out", evaluate.Config.data)))
+    @torch.no_grad()
+    def draw(self, ema, number: int) -> np.ndarray:
+        """Picture i has caption i and seed i: (number, S, S, 3) uint8."""
+        pictures = []
+        for seeds in torch.arange(number).split(80):
+            z = sample_latents(ema, self.context[seeds], torch.arange(len(seeds)),
+                               self.null_context, seeds.tolist(), 20, 3.0)
+            pictures.append(to_uint8(self.autoencoder.decode(z / self.scale)).cpu())
+        return torch.cat(pictures).permute(0, 2, 3, 1).numpy()
 
 
-# ---- 2. the report ----
-
-def collect(folder: Path) -> dict:
-    """The figures of one run."""
-    result = json.loads((folder / "eval.json").read_text())
-    checkpoint, log = read_checkpoint(folder / "last.pt"), read_log(folder)
-    curve = [[line["step"], line["held_out_ema"]] for line in log if "held_out_ema" in line]
-    protocol, (model, seed) = result["protocol"], folder.name.rsplit("-", 1)
-    return {
-        "model": model, "seed": int(seed), "steps": checkpoint["step"],
-        **{key: result[key] for key in
-           ("fusion", "conditioning", "parameters", "multiply_adds_text", "multiply_adds_per_step",
-            "scores", "attention_rank_by_block", "device", "precision")},
-        "multiply_adds": result["multiply_adds_text"] + result["multiply_adds_per_step"],
-        "images_per_second": median_speed(folder), "training_seconds": log[-1]["seconds"],
-        "held_out_loss": curve[-1][1], "curve": curve, "captions": protocol["pictures"],
-        "sampling": {key: protocol[key] for key in ("sampler", "steps", "guidance_scale", "seed")},
-        "torch": protocol["versions"]["torch"], "constants": checkpoint["config"]}
+def read_curve(folder: Path) -> list[dict]:
+    path = folder / "curve.json"
+    return json.loads(path.read_text())["curve"] if path.exists() else []
 
 
-def summarise(values: list[float], digits: int) -> str:
-    """The mean, and the lowest and highest where they differ."""
-    mean, low, high = [f"{f(values):.{digits}f}" for f in (statistics.mean, min, max)]
-    return mean if low == high else f"{mean} ({low} to {high})"
+# ---- 2. the second task ----
+
+def draw_anywhere(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
+    """The picture of a scene, but each object is in any cell of 3x3, by chance."""
+    picture = np.full((size, size, 3), BACKGROUND, np.uint8)
+    for cell, kind in zip(rng.permutation(9), scene.objects):
+        alone = draw_scene(Scene(((1, *kind),)), rng, size)             # in the first cell
+        shift = np.multiply(divmod(cell, 3), 12 * size // 32)
+        picture = np.minimum(picture, np.roll(alone, shift, axis=(0, 1)))   # objects are darker
+    return picture
 
 
-def print_tables(runs: list[dict]):
-    """Two Markdown tables: the whole, and counting by the number asked for."""
-    columns = {
-        "steps": (0, lambda run: run["steps"]),
-        "G multiply-adds": (3, lambda run: run["multiply_adds"] / 1e9),
-        "held-out loss": (4, lambda run: run["held_out_loss"]),
-        **{f"{kind}, seen": (1, lambda run, kind=kind: 100 * run["scores"]["seen"][kind])
-           for kind in evaluate.KINDS},
-        "everything, unseen": (1, lambda run: 100 * run["scores"]["unseen"]["everything"]),
-        "attention rank": (2, lambda run: statistics.mean(run["attention_rank_by_block"].values()))}
-    numbers = sorted(set.intersection(*({*run["scores"]["count_by_number"]} for run in runs)))
-    by_number = {n: (0, lambda run, n=n: 100 * run["scores"]["count_by_number"][n])
-                 for n in numbers}
-    for title, columns in (("model", columns), ("count right, when asked for", by_number)):
-        print(f"\n| {title} | seeds | {' | '.join(columns)} |\n|{' --- |' * (2 + len(columns))}")
-        for name in (*MODELS, EQUAL_TIME):
-            if same := [run for run in runs if run["model"] == name]:
-                cells = [summarise([figure(run) for run in same], digits)
-                         for digits, figure in columns.values()]
-                print(f"| {name} | {len(same)} | {' | '.join(cells)} |")
+@cache
+def pairs_of_objects() -> list[Scene]:
+    """Such as "one red circle and one blue square"; only seen ones.
 
-
-def draw_curves(runs: list[dict]) -> Image.Image:
-    """Held-out loss, mean of the seeds, against steps and against the work of training.
-
-    The first fifth of the steps, where it is far higher, is left out.
+    Of the others one object would be of a colour and shape that no picture of training shows.
     """
-    by_steps, by_work = {}, {}
-    for name in MODELS:
-        same = [run for run in runs if run["model"] == name]
-        same = [run for run in same if run["steps"] == same[0]["steps"]]
-        for points in zip(*(run["curve"] for run in same)):
-            step, loss = points[0][0], statistics.mean(loss for _, loss in points)
-            work = 3 * step * same[0]["constants"]["batch_size"] * same[0]["multiply_adds"] / 1e12
-            if step > same[0]["steps"] / 5:
-                by_steps.setdefault(name, []).append((step, loss, ""))
-                by_work.setdefault(name, []).append((work, loss, ""))
-    plots = [evaluate.draw_plot(by_steps, "training steps", "held-out loss (EMA)"),
-             evaluate.draw_plot(by_work, "10^12 multiply-adds of training", "held-out loss (EMA)")]
-    both = Image.new("RGB", (plots[0].width, 2 * plots[0].height), "white")
-    both.paste(plots[0], (0, 0))
-    both.paste(plots[1], (0, plots[0].height))
-    return both
+    return [scene for scene in scene_of().values() if len(scene.groups) == 2
+            and len(scene.objects) == 2 and not scene.relation and scene not in unseen_scenes()]
 
 
-def draw_pictures(folders: list[Path], columns: int = 8) -> Image.Image:
-    """The first held-out captions as the runs in `folders` draw them, a row for each."""
-    pictures, labels = [], []
-    for run in folders:
-        name, _ = run.name.rsplit("-", 1)
-        latest = max((run / "eval").glob("*"), key=lambda folder: folder.stat().st_mtime)
-        for path, caption in list(zip(*evaluate.read_pictures(latest)))[:columns]:
-            pictures.append(torch.tensor(evaluate.load_picture(path)).permute(2, 0, 1))
-            labels.append(f"{name}: {caption}")
-    return draw_grid(torch.stack(pictures), labels, columns)
+def choose_pair(rng: np.random.Generator, unseen: bool) -> Scene:
+    return pairs_of_objects()[rng.integers(len(pairs_of_objects()))]
 
 
-def report(config: Config):
-    group = Path("out") / f"compare-{config.size}"
-    to = Path(config.to or group)
-    folders = sorted(path.parent for path in group.glob("*/eval.json"))
-    if not folders:
-        raise UserError(f"{group} holds no evaluated run: leave out --report=True to train some.")
-    runs, path = [collect(folder) for folder in folders], to / "results.json"
+def prepare(task: str) -> str:
+    """The folder of the task's data, which is made if it is missing."""
+    config = prepare_data.Config(**TASKS[task][0])
+    changes = {"draw_scene": draw_anywhere, "choose_scene": choose_pair}
+    if not Path(config.out, "meta.json").exists():
+        with patch.multiple(prepare_data, **changes) if task == "anywhere" else nullcontext():
+            prepare_data.main(config)
+    return config.out
+
+
+# ---- 3. the runs ----
+
+def folder_of(config: Config, name: str, seed: int) -> Path:
+    return Path("out/compare", config.task, f"{name}-{seed}")
+
+
+def end_of(config: Config, name: str) -> int:
+    """The step at which a run is whole."""
+    steps = (TASKS[config.task][1] | MODELS[name]).get("steps", train.Config.steps)
+    return min(config.until or steps, steps)
+
+
+def is_whole(config: Config, name: str, seed: int) -> bool:
+    steps = [point["step"] for point in read_curve(folder_of(config, name, seed))]
+    return max(steps, default=0) >= end_of(config, name)
+
+
+def train_run(config: Config, name: str, seed: int):
+    """Train one network, or resume it; KeyboardInterrupt if it was stopped before its end."""
+    folder = folder_of(config, name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_writer(folder):
+        if is_whole(config, name, seed):
+            return
+        path, choice = folder / "run", TASKS[config.task][1] | MODELS[name]
+        if not (path / "last.pt").exists():
+            shutil.rmtree(path, ignore_errors=True)     # it was stopped before its first step
+        constants = train.Config(
+            data=prepare(config.task), name=path.relative_to("out").as_posix(), seed=seed,
+            resume=path.exists(), draw_every=EVERY, validate_every=EVERY, save_every=EVERY,
+            score=False, **choice)
+        facts = {"name": name, "seed": seed, "choice": choice, "steps": constants.steps,
+                 "batch_size": constants.batch_size * constants.grad_accum,
+                 "device": choose_device().type, "torch": torch.__version__}
+        examination = Examination(folder / "curve.json", facts, constants, end_of(config, name))
+        train.main(constants, examination.examine)
+        if not is_whole(config, name, seed):
+            raise KeyboardInterrupt
+
+
+def train_all(config: Config, runs: list[tuple[str, int]]):
+    """Train the runs, several at a time, each in a process of its own with one thread."""
+    def train_apart(run):
+        name, seed = run
+        folder = folder_of(config, name, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"{folder} is being trained: see its output.txt.", flush=True)
+        line = [sys.executable, __file__, f"--one={name}-{seed}", f"--task={config.task}",
+                f"--until={config.until}"]
+        with open(folder / "output.txt", "a") as output:
+            subprocess.run(line, stdout=output, stderr=output,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+        *_, last = (folder / "output.txt").read_text().strip().split("\n")
+        print(f"{folder}: {last}", flush=True)
+    with ThreadPoolExecutor(config.processes) as pool:
+        list(pool.map(train_apart, runs))
+
+
+# ---- 4. figures of a run, and their means over the seeds ----
+
+def point_at(run: dict, step: int) -> dict:
+    return next(point for point in run["curve"] if point["step"] == step)
+
+
+def steps_to(run: dict, level: float) -> float | None:
+    """Steps until this share is right in everything, on straight lines between the points."""
+    before = {"step": 0, "everything": 0.0}
+    for point in run["curve"]:
+        if point["everything"] >= level:
+            shares = before["everything"], point["everything"]
+            return float(np.interp(level, shares, (before["step"], point["step"])))
+        before = point
+
+
+def work(run: dict, steps: float) -> float:
+    """10^12 multiply-adds of so many steps: a backward pass costs twice a forward pass."""
+    return 3 * steps * run["batch_size"] * sum(run["multiply_adds"]) / 1e12
+
+
+def measure(run: dict, step: int) -> dict[str, float | None]:
+    """The figures of one run; those that are not "to" a level, at `step`. None: not reached."""
+    point, figures = point_at(run, step), {}
+    for kind in reversed(evaluate.KINDS):
+        figures[f"{kind}, %"] = point[kind] and 100 * point[kind]
+    for group in ("seen", "unseen"):
+        share = point["scores"][group]["everything"]
+        figures[f"{group}, %"] = share and 100 * share
+    figures["held-out loss"] = point["held_out_ema"]
+    for level in LEVELS:
+        steps = steps_to(run, level)
+        figures[f"steps to {level:.0%}"] = steps
+        figures[f"T multiply-adds to {level:.0%}"] = steps and work(run, steps)
+    return figures
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and half of its 95% interval by Student's t; of a single value, infinite."""
+    n = len(values)
+    if n == 1:
+        return values[0], math.inf
+    return float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
+
+
+def show_mean(values: list[float | None]) -> str:
+    """Mean and interval, if all runs reach the level: a mean of those that do would flatter."""
+    if None in values:
+        return f"{len(values) - values.count(None)} of {len(values)}"
+    mean, half = interval(values)
+    digits = 4 if mean < 1 else 1 if mean < 1000 else 0
+    return f"{mean:,.{digits}f} ± {half:,.{digits}f}".removesuffix(" ± inf")
+
+
+def show_difference(pairs: list[tuple], title: str) -> str:
+    """Mean of mine less the base's, in points or in % of the base; or that it may be nothing."""
+    if not pairs or None in sum(pairs, ()):
+        return ""
+    if title.endswith(", %"):
+        values, unit = [mine - base for mine, base in pairs], ""
+    else:
+        values, unit = [100 * (mine / base - 1) for mine, base in pairs], "%"
+    mean, half = interval(values)
+    text = f"{mean:+.1f}{unit} ± {half:.1f}".removesuffix(" ± inf")
+    return text if abs(mean) > half else f"undecided ({text})"
+
+
+# ---- 5. the report ----
+
+def collect(to: Path) -> dict[str, list[dict]]:
+    """Task -> runs: those of results.json, and those on this disk, with what where.py found."""
+    path, results = to / "results.json", {}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    for task in TASKS:
+        runs = {(run["name"], run["seed"]): run for run in kept.get(task, [])}
+        for curve in Path("out/compare", task).glob("*/curve.json"):
+            run = json.loads(curve.read_text())
+            found = curve.parent / "run" / "where" / "where.json"
+            if found.exists():
+                run["where"] = json.loads(found.read_text())
+            runs[run["name"], run["seed"]] = run
+        results[task] = [runs[key] for key in sorted(runs)]
     to.mkdir(parents=True, exist_ok=True)
-    write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | {config.size: runs})
-    draw_curves(runs).save(to / f"curves-{config.size}.png")
-    first = [next((folder for folder in folders if folder.name.rsplit("-", 1)[0] == name), None)
-             for name in MODELS]
-    draw_pictures(list(filter(None, first))).save(to / f"compare-{config.size}.png")
-    print_tables(runs)
-    print(f"\n{len(runs)} runs are in {path}; look at curves-{config.size}.png and "
-          f"compare-{config.size}.png beside it.")
+    with writing(path, "w") as file:                    # a line for each run
+        file.write(json.dumps(results).replace('{"name"', '\n{"name"') + "\n")
+    return results
+
+
+def print_tables(models: dict[str, list[dict]]):
+    """The figures of each model's runs, what differs from the base, and the way there."""
+    steps = [{point["step"] for point in run["curve"]} for runs in models.values() for run in runs]
+    steps = sorted(set.intersection(*steps))
+    base = {run["seed"]: measure(run, steps[-1]) for run in models.get(BASE, [])}
+    means, differences, ways = [], [], []
+    for name, runs in models.items():
+        figures = {run["seed"]: measure(run, steps[-1]) for run in runs}
+        pairs = [(figures[seed], base[seed]) for seed in figures.keys() & base.keys()]
+        mean = {f"right at step {steps[-1]:,}": name, "seeds": str(len(runs))}
+        difference = {f"less {BASE}": name, "pairs": str(len(pairs))}
+        for title in figures[runs[0]["seed"]]:
+            both = [(mine[title], other[title]) for mine, other in pairs]
+            mean[title] = show_mean([each[title] for each in figures.values()])
+            difference[title] = show_difference(both, title)
+        way = {"everything right, %, at step": name}
+        for step in steps:
+            way[f"{step:,}"] = show_mean([100 * point_at(run, step)["everything"] for run in runs])
+        means.append(mean)
+        ways.append(way)
+        if pairs and name != BASE:
+            differences.append(difference)
+    for table in filter(None, (means, differences, ways)):
+        print()
+        evaluate.print_table(table)
+
+
+def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
+    """The share right in everything: mean of the seeds, and a band from lowest to highest."""
+    for name, runs in models.items():
+        steps = [{point["step"] for point in run["curve"]} for run in runs]
+        steps = sorted(set.intersection(*steps))
+        x = [work(runs[0], step) if against_work else step for step in steps]
+        right = [[100 * point_at(run, step)["everything"] for step in steps] for run in runs]
+        line, = axes.plot(x, np.mean(right, axis=0), "o-", label=f"{name} ({len(runs)} seeds)")
+        low, high = np.min(right, axis=0), np.max(right, axis=0)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+    axes.set(xlabel="10^12 multiply-adds of training" if against_work else "training steps",
+             ylabel="right in everything, %", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def draw_figures(models: dict[str, list[dict]], to: Path):
+    """work.png of the four models; positions.png, next to where the base uses the text."""
+    four, positions = [{name: models[name] for name in GROUPS[group] if name in models}
+                       for group in ("four", "positions")]
+    if len(four) > 1:
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        draw_curves(figure.subplots(), four, against_work=True)
+        figure.savefig(to / "work.png", dpi=120)
+    if len(positions) > 1:
+        figure = Figure(figsize=(13, 4.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        draw_curves(right, positions, against_work=False)
+        looks = [run["where"] for run in models.get(BASE, []) if "where" in run]
+        if looks:
+            shares = {block: np.mean([look["lost_if_hidden"][block] for look in looks], axis=0)
+                      for block in looks[0]["lost_if_hidden"]}
+            where.draw_heat_map(left, shares, looks[0]["blocks"],
+                                f"{BASE}, text hidden here: % of its benefit lost")
+        figure.savefig(to / "positions.png", dpi=120)
+
+
+def report(config: Config, names: list[str]):
+    to, models = Path(config.to), {}
+    results = collect(to)[config.task]
+    for name in names:
+        whole = [run for run in results if run["name"] == name
+                 and run["curve"][-1]["step"] >= end_of(config, name)]
+        if whole:
+            models[name] = whole
+    if not models:
+        raise UserError(f"no run of {', '.join(names)} is whole yet.")
+    print_tables(models)
+    draw_figures(models, to)
+    print(f"\nMean ± half of its 95% interval over the seeds; of what not all reach, how many do. "
+          f"All runs are in {to / 'results.json'}; look at the pictures next to it.")
+
+
+def draw_sweep(folder: Path, to: Path):
+    """What is right against the guidance scale w, or FID against CLIP score, of each checkpoint."""
+    results = [json.loads(path.read_text()) for path in folder.glob("*/eval.json")]
+    if not results:
+        raise UserError(f"{folder} holds no folders of evaluate.py with an eval.json in them.")
+    results.sort(key=lambda result: (result["name"], result["protocol"]["guidance_scale"]))
+    figure, curves = Figure(figsize=(7, 4.5), layout="constrained"), {}
+    axes = figure.subplots()
+    for result in results:
+        w, scores, name = result["protocol"]["guidance_scale"], result["scores"], result["name"]
+        if "fid" in scores:
+            curves.setdefault(name, []).append((scores["clip_prefix"], scores["fid"]))
+            axes.annotate(f" w = {w:g}", curves[name][-1])
+            axes.set(xlabel="CLIP score (cosine x 100)", ylabel="FID")
+        else:
+            for group in ("seen", "unseen"):
+                right = 100 * scores[group]["everything"]
+                curves.setdefault(f"{name}, {group}", []).append((w, right))
+            axes.set(xlabel="guidance scale w", ylabel="right in everything, %")
+    for name, points in curves.items():
+        axes.plot(*zip(*points), "o-", label=name)
+    axes.legend()
+    to.mkdir(parents=True, exist_ok=True)
+    figure.savefig(to / "guidance.png", dpi=120)
+    print(f"{len(results)} evaluations are drawn in {to / 'guidance.png'}.")
 
 
 def main(config: Config):
-    if config.size not in SIZES:
-        raise UserError(f"--size={config.size}: expected {' or '.join(SIZES)}.")
+    names = GROUPS.get(config.models, config.models.split(","))
+    name, _, seed = (config.one or f"{names[0]}-0").rpartition("-")
+    for unknown in {*names, name} - {*MODELS}:
+        raise UserError(f"{unknown} is no model: expected {', '.join([*GROUPS, *MODELS])}.")
+    if config.sweep:
+        return draw_sweep(Path(config.sweep), Path(config.to))
+    if config.one:
+        return train_run(config, name, int(seed))
+    runs = [(name, seed) for seed in range(config.seeds) for name in names
+            if not is_whole(config, name, seed)]
     if not config.report:
-        train_all(config)
-    report(config)
+        train_all(config, runs)
+    report(config, names)
 
 
 if __name__ == "__main__":

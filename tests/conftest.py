@@ -23,3 +23,16 @@ def alone(tmp_path, monkeypatch):
             raise OSError(f"a test tried to reach {address}")
         return connect(self, address)
     monkeypatch.setattr(socket.socket, "connect", connect_here)
+
+
+def randomise(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every weight, bias, norm and position at random: what starts at zero would hide an error."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in net.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            noise = 0.3 * noise + (1 if "norm" in name and name.endswith("weight") else 0)
+        elif name != "pos_embed":
+            noise = noise / parameter[0].numel() ** 0.5
+        parameter.data = noise
+    return net

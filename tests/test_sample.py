@@ -7,36 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 
 import sample
 from clip_text import random_clip_text, tokenize, weights_sha256
-from model import UserError, UViT, UViTConfig, noise_schedule
-from sample import (Config, draw_grid, dpm_solver_pp_2m, new_folder, sample_latents, save_pictures,
-                    take_rows, wrap)
+from conftest import randomise
+from model import CHECKPOINT_FORMAT, UserError, UViT, UViTConfig, noise_schedule
+from sample import Config, draw_grid, dpm_solver_pp_2m, sample_latents, save_pictures
 from vae import LinearAutoencoder, to_uint8
 
 PROMPT = "two red circles"
 
 
 @pytest.fixture
-def in_float32(monkeypatch):
+def float32(monkeypatch):
     """On the CPU and without autocast, so that rounding hides nothing."""
     monkeypatch.setattr(sample, "autocast", lambda device: nullcontext())
     monkeypatch.setattr(sample, "choose_device", lambda: torch.device("cpu"))
-
-
-def randomise(net: UViT, seed: int = 0) -> UViT:
-    """Every weight, bias, norm and position at random and of ordinary size."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in net.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim == 1:
-            noise = 0.3 * noise + (1 if "norm" in name and name.endswith("weight") else 0)
-        elif name != "pos_embed":
-            noise = noise / parameter[0].numel() ** 0.5
-        parameter.data = noise
-    return net.eval().requires_grad_(False)
 
 
 # ---- the solver ----
@@ -51,43 +38,37 @@ def gaussian(z, t):
 
 @pytest.mark.parametrize("steps,golden", [(10, 0.4260801), (20, 0.4699311), (50, 0.4922580)])
 def test_the_solver_gives_the_numbers_of_the_reference(steps, golden):
-    z = dpm_solver_pp_2m(gaussian, torch.ones(1, dtype=torch.float64), steps)
-    assert z.item() == pytest.approx(golden, abs=1e-6)
-    assert dpm_solver_pp_2m(gaussian, torch.ones(1), steps).item() == pytest.approx(
-        golden, abs=1e-5)                                                       # in float32
+    start = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)         # it is linear in its start
+    z = dpm_solver_pp_2m(gaussian, start, steps)
+    assert z.tolist() == pytest.approx((golden * start).tolist(), abs=2e-6)
+    z = dpm_solver_pp_2m(gaussian, start.float(), steps)
+    assert z.tolist() == pytest.approx((golden * start).tolist(), abs=2e-5)
 
 
 def test_the_solver_converges_to_the_exact_answer():
     errors = [abs(dpm_solver_pp_2m(gaussian, torch.ones(1, dtype=torch.float64), steps).item()
-                  - 0.5015143) for steps in (10, 100, 1000, 2000)]
-    assert errors == sorted(errors, reverse=True) and errors[2] < 1e-3 and errors[3] < 3e-4
+                  - 0.5015143) for steps in (10, 100, 1000)]
+    assert errors == sorted(errors, reverse=True) and errors[2] < 1e-3
 
 
-def test_the_solver_is_linear_in_its_start_and_treats_pictures_alike():
-    start = torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64)
-    ends = dpm_solver_pp_2m(lambda z, t: gaussian(z, t[:, None]), start, 10)
-    assert torch.allclose(ends, 0.4260801 * start, atol=1e-6)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 999, 1000])
 def test_the_network_is_evaluated_once_per_step_on_a_uniform_grid_from_1000(steps):
-    times = []
+    times, trace = [], []
 
     def predict_noise(z, t):
         assert t.shape == (3,) and t.dtype == z.dtype == torch.float32
         times.append(t[0].item())
         return torch.zeros_like(z)
-    trace = []
     z = dpm_solver_pp_2m(predict_noise, torch.ones(3, 2), steps, trace)
     assert times == pytest.approx([1000 - 999 * i / steps for i in range(steps)], abs=1e-3)
     assert z.shape == (3, 2) and len(trace) == steps
     # without noise z is alpha x0 all the way
     assert z[0, 0].item() == pytest.approx(
-        (noise_schedule()[1] / noise_schedule()[1000]).sqrt().item(), rel=1e-4)
+        (noise_schedule()[1] / noise_schedule()[1000]).sqrt().item(), rel=1e-3)
 
 
 def test_one_step_is_ddim_from_the_first_time_to_the_last():
-    start, eps = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    start, eps = torch.randn(2, 2, 3, dtype=torch.float64)
     before, after = noise_schedule()[1000], noise_schedule()[1]
     x0 = (start - (1 - before).sqrt() * eps) / before.sqrt()
     trace = []
@@ -106,7 +87,7 @@ class Counted(UViT):
                                     image_size=4, channels=3, patch_size=2, width=16, heads=2,
                                     context_len=5, context_dim=6))
         self.encoded, self.batches = [], []
-        randomise(self)
+        randomise(self).eval().requires_grad_(False)
 
     def encode_text(self, context):
         self.encoded.append(len(context))
@@ -121,203 +102,111 @@ BOTH = pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
 
 
 def case(conditioning):
+    """(net, two prompts' context, which prompt each of three pictures has, null context)."""
     generator = torch.Generator().manual_seed(5)
-    net = Counted(conditioning)
     context, null_context = (torch.randn(2, 5, 6, generator=generator),
                              torch.randn(5, 6, generator=generator))
-    return net, context, torch.tensor([1, 0, 1]), null_context
-
-
-def initial_noise(seeds):
-    return torch.stack([torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(seed))
-                        for seed in seeds])
+    return Counted(conditioning), context, torch.tensor([1, 0, 1]), null_context
 
 
 @BOTH
-def test_guidance_of_one_is_the_conditional_pass_alone(in_float32, conditioning):
-    net, context, rows, null_context = case(conditioning)
-    z = sample_latents(net, context, rows, null_context, [4, 5, 6], steps=4, guidance_scale=1)
-    assert net.batches == [3] * 4
-    plain = dpm_solver_pp_2m(lambda z, t: net(z, t, context[rows]), initial_noise([4, 5, 6]), 4)
-    assert torch.allclose(z, plain, atol=1e-4) and z.dtype == torch.float32
-
-
-@BOTH
-def test_guidance_of_zero_is_the_unconditional_pass(in_float32, conditioning):
-    net, context, rows, null_context = case(conditioning)
-    z = sample_latents(net, context, rows, null_context, [4, 5, 6], steps=4, guidance_scale=0)
-    plain = dpm_solver_pp_2m(lambda z, t: net(z, t, null_context.expand(3, 5, 6)),
-                             initial_noise([4, 5, 6]), 4)
-    assert torch.allclose(z, plain, atol=1e-4)
-
-
-@BOTH
-@pytest.mark.parametrize("w", [-0.5, 0.5, 2, 7.5])
-def test_guidance_is_the_formula_at_every_step(in_float32, conditioning, w):
-    net, context, rows, null_context = case(conditioning)
+@pytest.mark.parametrize("w", [0, 0.5, 1, 7.5])
+def test_guidance_is_the_formula_at_every_step(float32, conditioning, w):
+    """w = 1 is the conditional pass alone, at half the cost, and w = 0 the unconditional one."""
+    net, context, prompts, null_context = case(conditioning)
 
     def guided(z, t):
+        cond = net(z, t, context[prompts])
         uncond = net(z, t, null_context.expand(3, 5, 6))
-        return uncond + w * (net(z, t, context[rows]) - uncond)
-    z = sample_latents(net, context, rows, null_context, [4, 5, 6], steps=4, guidance_scale=w)
-    assert net.batches == [6] * 4
-    plain = dpm_solver_pp_2m(guided, initial_noise([4, 5, 6]), 4)
-    assert torch.allclose(z, plain, atol=1e-4 * plain.abs().max().item())
+        return cond if w == 1 else uncond + w * (cond - uncond)
+    z = sample_latents(net, context, prompts, null_context, [4, 5, 6], steps=4, guidance_scale=w)
+    assert net.batches == [3 if w == 1 else 6] * 4
+    assert net.encoded == [3]                   # once, whatever the number of steps and pictures
+    noise = torch.stack([torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(seed))
+                         for seed in (4, 5, 6)])
+    plain = dpm_solver_pp_2m(guided, noise, 4)
+    assert torch.allclose(z, plain, atol=1e-4 * max(1, plain.abs().max()))
+    assert z.dtype == torch.float32
 
 
 @BOTH
-def test_one_step_is_linear_in_the_guidance_scale(in_float32, conditioning):
-    net, context, rows, null_context = case(conditioning)
-    zero, one, three = [sample_latents(net, context, rows, null_context, [4, 5, 6], 1, w)
-                        for w in (0, 1, 3)]
-    assert (one - zero).abs().max() > 0.1
-    assert torch.allclose(three, zero + 3 * (one - zero), atol=1e-3)
-
-
-@BOTH
-def test_the_text_is_encoded_once_whatever_the_number_of_steps_and_pictures(
-        in_float32, conditioning):
-    for steps, w in ((2, 3.0), (7, 3.0), (7, 1.0)):
-        net, context, rows, null_context = case(conditioning)
-        sample_latents(net, context, rows, null_context, [1, 2, 3], steps, w)
-        assert len(net.encoded) == 1 and net.encoded[0] <= 3 and len(net.batches) == steps
-
-
-@BOTH
-def test_a_seed_and_a_prompt_give_the_same_latent_whatever_the_batch(in_float32, conditioning):
+def test_a_seed_and_a_prompt_give_the_same_latent_whatever_the_batch(float32, conditioning):
     net, context, _, null_context = case(conditioning)
-    rows, seeds = [1, 0, 1, 0, 0], [4, 5, 6, 7, 4]
+    prompts, seeds = [1, 0, 1, 0, 0], [4, 5, 6, 7, 4]
 
     def draw(which):
-        return sample_latents(net, context, torch.tensor([rows[i] for i in which]), null_context,
-                              [seeds[i] for i in which], 5, 2.0)
+        return sample_latents(net, context, torch.tensor([prompts[i] for i in which]),
+                              null_context, [seeds[i] for i in which], 5, 2.0)
+    torch.manual_seed(3)
+    expected = torch.randn(3)
+    torch.manual_seed(3)
     together = draw(range(5))
-    for parts in ([[0], [1], [2], [3], [4]], [[0, 1], [2, 3, 4]], [[4, 3], [2, 1, 0]]):
-        for part in parts:
-            assert torch.allclose(draw(part), together[list(part)], atol=1e-4)
+    assert torch.equal(torch.randn(3), expected)        # the global random state is not touched
+    for part in ([0], [1], [2], [3], [4], [0, 1], [2, 3, 4], [4, 3], [2, 1, 0]):
+        assert torch.allclose(draw(part), together[part], atol=1e-4)
     assert (together[0] - together[2]).abs().max() > 0.1                       # another seed
     assert (together[0] - together[4]).abs().max() > 0.1                       # another prompt
 
 
-def test_drawing_does_not_touch_the_global_random_state(in_float32):
-    net, context, rows, null_context = case("concat")
-    torch.manual_seed(3)
-    expected = torch.randn(3)
-    torch.manual_seed(3)
-    sample_latents(net, context, rows, null_context, [1, 2, 3], 2, 2.0)
-    assert torch.equal(torch.randn(3), expected)
-
-
-@BOTH
-def test_rows_of_encoded_text_are_the_text_of_those_rows(conditioning):
-    net, context, rows, _ = case(conditioning)
-    taken, direct = take_rows(net.encode_text(context), rows), net.encode_text(context[rows])
-    pairs = [(taken, direct)] if conditioning == "concat" else [
-        (a, b) for t, d in zip(taken, direct) for a, b in zip(t, d)]
-    assert len(pairs) == (1 if conditioning == "concat" else 2)
-    assert all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in pairs)
-
-
 # ---- pictures on disk ----
 
-COLOURS = torch.tensor([[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0], [0, 250, 250]],
-                       dtype=torch.uint8)
+def random_pictures(*shape):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 250, shape, dtype=torch.uint8, generator=generator)
 
 
-def flat_pictures(count, side):
-    return COLOURS[:count, :, None, None].expand(-1, -1, side, side)
-
-
-@pytest.mark.parametrize("side,cell", [
-    (32, 128), (33, 99), (16, 128), (100, 100), (128, 128), (256, 256)])
-@pytest.mark.parametrize("count,columns", [(1, 1), (5, 2), (3, 4)])
-def test_a_grid_has_every_picture_in_its_place(side, cell, count, columns):
-    grid = draw_grid(flat_pictures(count, side), ["seed 1"] * count, columns)
-    rows = math.ceil(count / columns)
-    assert (grid.width == columns * (cell + 8) + 8 and (grid.height - 8) % rows == 0
-            and grid.mode == "RGB")
-    height = (grid.height - 8) // rows
-    for i in range(count):
+@pytest.mark.parametrize("side,zoom", [(32, 4), (33, 3), (128, 1), (256, 1)])
+@pytest.mark.parametrize("number,columns", [(1, 1), (5, 2), (3, 4)])
+def test_a_grid_has_every_picture_in_its_place_enlarged_without_smoothing(
+        side, zoom, number, columns):
+    pictures = random_pictures(number, 3, side, side)
+    grid = np.array(draw_grid(pictures, ["seed 1"] * number, columns))
+    cell, lines = zoom * side, math.ceil(number / columns)
+    height = (len(grid) - 8) // lines
+    assert grid.shape == (lines * height + 8, columns * (cell + 8) + 8, 3)
+    for i, picture in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
         x, y = 8 + i % columns * (cell + 8), 8 + i // columns * height
-        for dx, dy in ((0, 0), (cell - 1, cell - 1), (cell // 2, cell // 3)):
-            assert grid.getpixel((x + dx, y + dy)) == tuple(COLOURS[i].tolist())
-        for dx, dy in ((-1, 0), (cell, 0), (0, -1)):
-            assert grid.getpixel((x + dx, y + dy)) == (255, 255, 255)
-        below = np.array(grid)[y + cell:y + height, x:x + cell]
-        assert below.min() < 128                                               # its caption
+        place = grid[y - 1:y + cell, x - 1:x + cell + 1]
+        assert (place[1:, 1:-1] == picture.repeat(zoom, 0).repeat(zoom, 1)).all()
+        assert (place[0] == 255).all() and (place[:, [0, -1]] == 255).all()
+        assert grid[y + cell:y + height, x:x + cell].min() < 128               # its caption
 
 
-def test_small_pictures_are_enlarged_without_smoothing():
-    picture = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8,
-                            generator=torch.Generator().manual_seed(0))
-    grid = np.array(draw_grid(picture, [""], 1))[8:8 + 128, 8:8 + 128]
-    assert (grid == picture[0].permute(1, 2, 0).numpy().repeat(4, 0).repeat(4, 1)).all()
+def test_every_picture_has_its_own_caption_and_long_ones_are_wrapped():
+    pictures = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
 
-
-def test_long_captions_are_wrapped_and_stay_between_the_pictures():
-    words = " ".join(["three red circles and two blue squares"] * 6)
-    short, long = [draw_grid(flat_pictures(2, 32), [caption, "b"], 1) for caption in ("a", words)]
-    assert long.width == short.width and long.height > short.height
-    height = (long.height - 8) // 2
-    picture = np.array(long)[8 + height:8 + height + 128, 8:8 + 128]
-    assert (picture == np.array([0, 250, 0])).all()                            # the second is whole
-    assert (np.array(long)[:, -8:] == 255).all()                               # an empty margin
-
-
-def test_every_picture_has_its_own_caption():
     def captions(*texts):
-        return np.array(draw_grid(flat_pictures(2, 32), texts, 2))[8 + 128:].reshape(
-            -1, 280, 3)[:, :272].reshape(-1, 2, 136, 3)
-    ab, bb = captions("a", "b"), captions("b", "b")
-    assert ((ab[:, 1] == bb[:, 1]).all() and (bb[:, 0] == bb[:, 1]).all()
-            and (ab[:, 0] != bb[:, 0]).any())
-
-
-@pytest.mark.parametrize("text", [
-    "", "one", "two red circles and three blue squares to the left of a cat", "  odd \n spaces\t"])
-def test_wrapping_keeps_every_word_and_the_width(text):
-    font = ImageFont.load_default(size=11)
-    lines = wrap(text, font, 60)
-    assert " ".join(lines).split() == text.split()
-    assert all(font.getlength(line) <= 60 for line in lines)
-    for line, following in zip(lines, lines[1:]):                              # no line ends early
-        assert font.getlength(f"{line} {following.split()[0]}") > 60
-
-
-def test_a_first_word_that_is_too_wide_leaves_no_empty_line():
-    assert wrap("incomprehensibilities are long", ImageFont.load_default(size=11), 60)[0] \
-        == "incomprehensibilities"
+        below = np.array(draw_grid(pictures, texts, 2))[8 + 128:, :272]
+        return below[:, :136], below[:, 136:]
+    (a, b), (c, d) = captions("a", "b"), captions("b", "b")
+    assert (b == d).all() and (c == d).all() and (a != c).any()
+    words = " ".join(["three red circles and two blue squares"] * 6)
+    short, long = [np.array(draw_grid(pictures, [text, "b"], 1)) for text in ("a", words)]
+    assert long.shape[1] == short.shape[1] and len(long) > len(short)
+    height = (len(long) - 8) // 2
+    assert (long[8 + height:8 + height + 128, 8:8 + 128] == 0).all()           # the second is whole
+    assert (long[:, -8:] == 255).all()                                         # an empty margin
 
 
 PROMPTS = ["two red circles", "三个红色的圆 und ein Kätzchen ☀️", "", "tabs\tand\nlines",
            "x" * 5000]
 
 
-def test_pngs_carry_prompt_seed_and_settings_and_captions_txt_has_a_line_for_each(tmp_path):
+def test_pngs_carry_prompt_seed_and_settings_and_captions_txt_has_a_line_for_each():
     settings = {"guidance_scale": 3.0, "steps": 50, "checkpoint": "out/größe/last.pt"}
-    pictures = torch.randint(0, 256, (5, 3, 24, 32), dtype=torch.uint8,
-                             generator=torch.Generator().manual_seed(0))
-    save_pictures(tmp_path, 0, pictures[:2], PROMPTS[:2], [7, 8], settings)
-    save_pictures(tmp_path, 2, pictures[2:], PROMPTS[2:], [9, 10, 11], settings)
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
-        f"{i:05d}.png" for i in range(5)]
-    for i in range(5):
-        with Image.open(tmp_path / f"{i:05d}.png") as image:
+    pictures = random_pictures(5, 3, 24, 32)
+    save_pictures(Path("."), 0, pictures[:2], PROMPTS[:2], [7, 8], settings)
+    save_pictures(Path("."), 2, pictures[2:], PROMPTS[2:], [9, 10, 11], settings)
+    names = [f"{i:05d}.png" for i in range(5)]
+    assert sorted(path.name for path in Path(".").iterdir()) == [*names, "captions.txt"]
+    for i, name in enumerate(names):
+        with Image.open(name) as image:
             assert (np.array(image) == pictures[i].permute(1, 2, 0).numpy()).all()
             text = {key: str(value) for key, value in image.text.items()}
         assert text == {"prompt": PROMPTS[i], "seed": str(7 + i), "guidance_scale": "3.0",
                         "steps": "50", "checkpoint": "out/größe/last.pt"}
-    lines = (tmp_path / "captions.txt").read_text(encoding="utf-8").splitlines()
-    assert lines == [f"{i:05d}.png\t{' '.join(prompt.split())}" for i, prompt in enumerate(PROMPTS)]
-
-
-def test_a_new_folder_is_never_one_that_exists(tmp_path):
-    parent = tmp_path / "a" / "generated"
-    first = new_folder(parent)
-    (first / "precious.png").touch()
-    (parent / "0003").mkdir()
-    assert [new_folder(parent).name for _ in range(3)] == ["0002", "0004", "0005"]
-    assert first.name == "0001" and (first / "precious.png").exists()
+    lines = Path("captions.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == [f"{name}\t{' '.join(prompt.split())}" for name, prompt in zip(names, PROMPTS)]
 
 
 # ---- from a checkpoint to pictures ----
@@ -326,6 +215,7 @@ UNUSUAL = dict(fusion="intermediate", conditioning="cross_attention", n_image=1,
                fuse_shift=1, image_size=6, channels=16, patch_size=3, width=24, heads=3,
                context_len=9, context_dim=64)
 CONFIG = Config(prompt=PROMPT, n=3, steps=3, guidance_scale=2.0, seed=11)
+GENERATED = Path("out/run/generated")
 
 
 @pytest.fixture(scope="module")
@@ -334,24 +224,19 @@ def contents():
     tower = random_clip_text(3, 9)
     coarse = torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     smooth = torch.nn.functional.interpolate(coarse, size=24, mode="bilinear")
-    with torch.no_grad():
-        null_context = tower(tokenize(["nothing at all"], 9))[0][0]  # not that of "": from the file
+    null_context = tower(tokenize(["nothing at all"], 9))[0][0]  # not that of "": from the file
     raw, ema = [randomise(UViT(UViTConfig(**UNUSUAL)), seed).state_dict() for seed in (1, 2)]
-    meta = {"format": "midfuse-cache-1", "dataset": "shapes", "image_size": 24,
-            "latent_shape": [16, 6, 6], "latent_scale": 0.9,
-            "autoencoder": {"kind": "linear", "about": "components"},
-            "text_tower": {"kind": "random", "seed": 3, "context_len": 9,
-                           "sha256": weights_sha256(tower), "about": "random"}}
-    return {"format": "midfuse-1", "step": 1234, "model": raw, "ema": ema,
-            "uvit": dataclasses.asdict(UViTConfig(**UNUSUAL)), "config": {"width": 24},
-            "meta": meta, "latent_scale": 0.9, "null_context": null_context,
+    text_tower = {"kind": "random", "seed": 3, "context_len": 9, "sha256": weights_sha256(tower)}
+    return {"format": CHECKPOINT_FORMAT, "step": 1234, "model": raw, "ema": ema, "uvit": UNUSUAL,
+            "meta": {"autoencoder": {"kind": "linear"}, "text_tower": text_tower},
+            "latent_scale": 0.9, "null_context": null_context,
             "autoencoder": LinearAutoencoder().fit(2 * smooth - 1).state_dict()}
 
 
 @pytest.fixture
-def checkpoint(contents, tmp_path):
-    (tmp_path / "out" / "run").mkdir(parents=True)
-    torch.save(contents, tmp_path / "out" / "run" / "last.pt")
+def checkpoint(contents):
+    Path("out/run").mkdir(parents=True)
+    torch.save(contents, "out/run/last.pt")
     return "out/run/last.pt"
 
 
@@ -359,12 +244,12 @@ def draw(checkpoint, **changes):
     """Run sample.main; returns its pictures (n, H, W, 3) and its folder."""
     config = dataclasses.replace(CONFIG, checkpoint=checkpoint, **changes)
     sample.main(config)
-    folder = Path(config.out) if config.out else max(
-        (Path(checkpoint).parent / "generated").iterdir())
-    return np.stack([np.array(Image.open(folder / f"{i:05d}.png"))
-                     for i in range(config.n)]).astype(int), folder
+    folder = Path(config.out) if config.out else max(GENERATED.iterdir())
+    pictures = [np.array(Image.open(folder / f"{i:05d}.png")) for i in range(config.n)]
+    return np.stack(pictures).astype(int), folder
 
 
+@torch.no_grad()
 def by_hand(contents, weights, null_context):
     """The same pictures from the parts of the checkpoint, one by one."""
     net = UViT(UViTConfig(**UNUSUAL))
@@ -375,39 +260,29 @@ def by_hand(contents, weights, null_context):
     pictures = []
     for seed in (11, 12, 13):
         zT = torch.randn(1, 16, 6, 6, generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            z = dpm_solver_pp_2m(
-                lambda z, t: 2 * net(z, t, context) - net(z, t, null_context[None]), zT, 3)
-            pictures.append(to_uint8(
-                autoencoder.decode(z / contents["latent_scale"]))[0].permute(1, 2, 0))
+        z = dpm_solver_pp_2m(
+            lambda z, t: 2 * net(z, t, context) - net(z, t, null_context[None]), zT, 3)
+        pictures.append(to_uint8(autoencoder.decode(z / 0.9))[0].permute(1, 2, 0))
     return torch.stack(pictures).numpy().astype(int)
 
 
-def test_everything_but_the_prompt_comes_from_the_checkpoint(in_float32, contents, checkpoint):
-    pictures, _ = draw(checkpoint)
+def test_everything_but_the_prompt_comes_from_the_checkpoint(float32, contents, checkpoint):
+    pictures, folder = draw(checkpoint)
     expected = by_hand(contents, "ema", contents["null_context"])
     assert pictures.shape == (3, 24, 24, 3) and expected.std() > 20
     assert abs(pictures - expected).max() <= 1
-
-
-def test_raw_true_takes_the_raw_weights(in_float32, contents, checkpoint):
     raw, folder = draw(checkpoint, raw=True)
     assert abs(raw - by_hand(contents, "model", contents["null_context"])).max() <= 1
-    assert abs(raw - draw(checkpoint)[0]).max() > 20
+    assert abs(raw - pictures).max() > 20
     assert Image.open(folder / "00000.png").text["weights"] == "raw"
-
-
-def test_a_checkpoint_without_null_context_takes_the_empty_caption(
-        in_float32, contents, checkpoint):
-    torch.save(contents | {"null_context": None}, checkpoint)
-    with torch.no_grad():
-        empty = random_clip_text(3, 9)(tokenize([""], 9))[0][0]
+    torch.save(contents | {"null_context": None}, checkpoint)       # then the empty caption's
+    empty = random_clip_text(3, 9)(tokenize([""], 9))[0][0]
     assert abs(draw(checkpoint)[0] - by_hand(contents, "ema", empty)).max() <= 1
 
 
-def test_a_run_leaves_pictures_captions_a_grid_and_a_film(contents, checkpoint, capsys):
+def test_a_run_leaves_pictures_captions_a_grid_and_a_film(checkpoint, capsys):
     _, folder = draw(checkpoint, gif=True, steps=4)
-    assert folder == Path("out/run/generated/0001")
+    assert folder == GENERATED / "0001"
     assert sorted(path.name for path in folder.iterdir()) == \
         ["00000.png", "00001.png", "00002.png", "captions.txt", "denoising.gif", "grid.png"]
     assert (folder / "captions.txt").read_text() == "".join(
@@ -424,10 +299,11 @@ def test_a_run_leaves_pictures_captions_a_grid_and_a_film(contents, checkpoint, 
 
 @pytest.mark.parametrize("changes", [
     dict(steps=1, gif=True), dict(n=1, gif=True), dict(n=5, batch_size=2, gif=True),
-    dict(prompt=""), dict(guidance_scale=0.0)], ids=str)
+    dict(prompt=""), dict(prompt="红色的圆 🎈"), dict(guidance_scale=0.0)], ids=str)
 def test_unusual_requests_work(checkpoint, changes):
     pictures, folder = draw(checkpoint, **changes)
     assert len(pictures) == changes.get("n", 3) and (folder / "grid.png").exists()
+    assert Image.open(folder / "00000.png").text["prompt"] == changes.get("prompt", PROMPT)
     assert (folder / "denoising.gif").exists() == changes.get("gif", False)
     if changes.get("gif"):
         with Image.open(folder / "denoising.gif") as film:                     # of the first batch
@@ -444,17 +320,19 @@ def test_the_same_seed_gives_the_same_picture_whatever_the_batch_size(checkpoint
     assert (draw(checkpoint, n=5)[0] == five).all()
 
 
-def test_nothing_is_overwritten(checkpoint, tmp_path):
-    first, folder = draw(checkpoint)
-    assert draw(checkpoint, seed=5)[1].name == "0002"
+def test_nothing_is_overwritten(checkpoint):
+    first, folder = draw(checkpoint, n=1)
+    (GENERATED / "0002").mkdir()
+    (GENERATED / "0003").symlink_to("nowhere")
+    assert draw(checkpoint, n=1, seed=5)[1].name == "0004"
     assert (np.array(Image.open(folder / "00000.png")) == first[0]).all()
-    assert draw(checkpoint, out="deep/new")[1] == Path("deep/new")
-    before = {path: path.read_bytes() for path in (tmp_path / "deep" / "new").iterdir()}
-    for taken in ("deep/new", "deep", checkpoint):
-        with pytest.raises(UserError, match=f"--out={taken} exists already, "
-                                            "and nothing is overwritten"):
-            draw(checkpoint, out=taken, seed=5)
-    assert {path: path.read_bytes() for path in (tmp_path / "deep" / "new").iterdir()} == before
+    assert draw(checkpoint, n=1, out="deep/new")[1] == Path("deep/new")
+    before = {path: path.read_bytes() for path in Path("deep/new").iterdir()}
+    Path("dead").symlink_to("nowhere")
+    for taken in ("deep/new", "deep", checkpoint, "dead"):
+        with pytest.raises(UserError, match=f"{taken} exists already, and nothing is overwritten"):
+            draw(checkpoint, out=taken)
+    assert {path: path.read_bytes() for path in Path("deep/new").iterdir()} == before
 
 
 def test_a_prompt_of_two_hundred_words_is_cut_and_that_is_said(checkpoint, capsys):
@@ -464,51 +342,40 @@ def test_a_prompt_of_two_hundred_words_is_cut_and_that_is_said(checkpoint, capsy
     assert "is cut" not in capsys.readouterr().out
 
 
-def test_a_prompt_beyond_latin_is_drawn_and_recorded(checkpoint):
-    _, folder = draw(checkpoint, prompt="红色的圆 🎈")
-    assert Image.open(folder / "00002.png").text["prompt"] == "红色的圆 🎈"
-    assert (folder / "captions.txt").read_text(encoding="utf-8").endswith(
-        "00002.png\t红色的圆 🎈\n")
+PARTS = ["format", "step", "ema", "uvit", "meta", "latent_scale", "null_context", "autoencoder"]
 
 
-@pytest.mark.parametrize("changes", [dict(n=0), dict(n=-1), dict(steps=0), dict(batch_size=0)],
-                         ids=str)
-def test_impossible_numbers_are_refused_before_anything_is_written(checkpoint, tmp_path, changes):
-    with pytest.raises(UserError, match=f"{[*changes][0]}={[*changes.values()][0]}"
-                                        ".*expected 1 or more"):
-        draw(checkpoint, **changes)
-    assert not (tmp_path / "out" / "run" / "generated").exists()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("key", PARTS)
+def test_a_checkpoint_with_a_part_missing_or_of_another_kind_is_refused(
+        contents, checkpoint, key):
+    wrong = [{name: contents[name] for name in contents if name != key}]
+    if key != "step":                                           # it is only shown
+        wrong += [contents | {key: value} for value in ([], {}, "x", torch.zeros(2, 3))]
+    for content in wrong:
+        torch.save(content, checkpoint)
+        with pytest.raises(UserError, match="out/run/last.pt"):
+            draw(checkpoint)
+    assert not GENERATED.exists()
 
 
-@pytest.mark.parametrize("seed", [-1, 2 ** 32])
-def test_a_seed_that_no_generator_takes_is_refused(checkpoint, tmp_path, seed):
-    with pytest.raises(UserError, match=f"seed={seed}"):
-        draw(checkpoint, seed=seed)
-    assert not (tmp_path / "out" / "run" / "generated").exists()
+def test_another_text_tower_or_autoencoder_than_that_of_the_checkpoint_is_refused(
+        contents, checkpoint):
+    for part, changes, words in [
+            ("text_tower", {"seed": 4}, "text tower"), ("text_tower", {"kind": "clip"}, "'file'"),
+            ("text_tower", {"kind": "clip", "file": "a.bin"}, "weights/a.bin is missing"),
+            ("autoencoder", {"kind": "kl", "file": "b.bin"}, "weights/b.bin is missing")]:
+        meta = contents["meta"] | {part: contents["meta"][part] | changes}
+        torch.save(contents | {"meta": meta}, checkpoint)
+        with pytest.raises(UserError, match=words):
+            draw(checkpoint)
 
 
-def test_another_text_tower_than_that_of_the_checkpoint_is_refused(contents, checkpoint):
-    other = contents["meta"] | {"text_tower": contents["meta"]["text_tower"] | {"seed": 4}}
-    torch.save(contents | {"meta": other}, checkpoint)
-    with pytest.raises(UserError, match="text tower"):
-        draw(checkpoint)
-
-
-# ---- the official weights ----
-
-@pytest.fixture
-def official(tmp_path):
-    net = randomise(UViT(UViTConfig("early", "concat", depth=3, image_size=8, width=64, heads=1,
-                                    context_dim=64)))
-    torch.save(net.state_dict(), tmp_path / "mscoco_uvit_small.pth")
-    return "mscoco_uvit_small.pth"
-
-
-def test_the_official_weights_name_the_files_that_they_need(official):
+def test_the_official_weights_name_the_files_that_they_need():
+    net = UViT(UViTConfig("early", "concat", depth=3, image_size=8, width=64, heads=1,
+                          context_dim=64))
+    torch.save(net.state_dict(), "mscoco_uvit_small.pth")
     with pytest.raises(UserError, match="weights/clip-vit-large-patch14.bin"):
-        draw(official)
-
-
-def test_the_official_weights_have_no_raw_ones_beside_them(official):
+        draw("mscoco_uvit_small.pth")
     with pytest.raises(UserError, match="raw"):
-        draw(official, raw=True)
+        draw("mscoco_uvit_small.pth", raw=True)

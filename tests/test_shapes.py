@@ -1,21 +1,12 @@
 """Protects the ruler: shapes are the same on any machine, and the detector reads them right."""
-import json
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
 
 import evaluate
 import prepare_data
-from model import UserError
-from prepare_data import Scene, Shapes, list_scenes, scene_of, unseen_scenes
+from prepare_data import Config, Scene, Shapes, list_scenes, scene_of, unseen_scenes
 from vae import LinearAutoencoder, to_uint8, to_unit
-
-
-def Config(**changes):
-    """The constants of the shapes dataset, whole."""
-    return prepare_data.complete(prepare_data.Config(**changes))
 
 
 def small(**changes):
@@ -32,11 +23,11 @@ def test_every_caption_is_one_scene_and_grammar_is_right():
     one, two, relations = list_scenes()
     assert (len(one), len(two), len(relations)) == (162, 11016, 1224)
     assert len(scene_of()) == 162 + 11016 + 1224
+    circles, squares = (3, "red", "circle"), (2, "blue", "square")
     assert Scene(((1, "red", "circle"),)).caption == "one red circle"
-    assert Scene(((3, "red", "circle"), (2, "blue", "square"))).caption \
-        == "three red circles and two blue squares"
-    assert Scene(((1, "red", "circle"), (1, "blue", "square")), "above").caption \
-        == "a red circle above a blue square"
+    assert Scene((circles, squares)).caption == "three red circles and two blue squares"
+    pair = Scene(((1, "red", "circle"), (1, "blue", "square")), "above")
+    assert pair.caption == "a red circle above a blue square"
     assert all(1 <= len(scene.objects) <= 9 for scene in scene_of().values())
 
 
@@ -48,16 +39,16 @@ def test_a_tenth_of_the_combinations_is_unseen_whatever_the_seed():
         source = Shapes(Config(train_images=3000, seed=seed), "train")
         assert not any(scene in unseen_scenes() for scene in source.scenes)
         held_out = Shapes(Config(val_images=50, seed=seed), "val")
-        assert [scene in unseen_scenes() for scene in held_out.scenes] == [
-            i % 2 == 1 for i in range(50)]
+        unseen = [scene in unseen_scenes() for scene in held_out.scenes]
+        assert unseen == [i % 2 == 1 for i in range(50)]
 
 
 def test_a_picture_depends_on_seed_split_and_number_alone():
-    first, again = Shapes(small(), "train"), Shapes(small(train_images=10), "train")
-    assert first.captions[:10] == again.captions
-    assert (first.load(7) == again.load(7)).all()
-    assert first.captions != Shapes(small(seed=1), "train").captions
-    assert (first.load(7) != Shapes(small(), "val").load(7)).any()
+    source, again = Shapes(small(), "train"), Shapes(small(train_images=10), "train")
+    assert source.captions[:10] == again.captions
+    assert (source.load(7) == again.load(7)).all()
+    assert source.captions != Shapes(small(seed=1), "train").captions
+    assert (source.load(7) != Shapes(small(), "val").load(7)).any()
 
 
 def test_the_first_pictures_are_these_on_any_machine():
@@ -71,16 +62,17 @@ def test_the_first_pictures_are_these_on_any_machine():
 @pytest.mark.parametrize("size", [32, 64])
 def test_the_detector_reads_real_and_reconstructed_pictures(size):
     pictures, captions = pictures_of(Config(image_size=size), "val", 300)
-    scores = evaluate.score_shapes(pictures, captions)
-    fitted = LinearAutoencoder().fit(to_unit(torch.from_numpy(
-        pictures_of(Config(image_size=size), "train", 500)[0]).permute(0, 3, 1, 2)))
-    x = to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2))
-    moments = fitted.encode(x)
-    decoded = to_uint8(fitted.decode(moments.chunk(2, dim=1)[0])).permute(0, 2, 3, 1).numpy()
-    for result in (scores, evaluate.score_shapes(decoded, captions)):
+    training, _ = pictures_of(Config(image_size=size), "train", 500)
+    x, fitted = [to_unit(torch.from_numpy(part).permute(0, 3, 1, 2))
+                 for part in (pictures, training)]
+    autoencoder = LinearAutoencoder().fit(fitted)
+    mean = autoencoder.encode(x).chunk(2, dim=1)[0]
+    decoded = to_uint8(autoencoder.decode(mean)).permute(0, 2, 3, 1).numpy()
+    for shown in (pictures, decoded):
+        scores = evaluate.score_shapes(shown, captions)
         for group in ("seen", "unseen"):
-            assert result[group]["pictures"] == 150
-            assert min(result[group][kind] for kind in evaluate.KINDS) > 0.98
+            assert scores[group]["pictures"] == 150
+            assert min(scores[group][kind] for kind in evaluate.KINDS) > 0.98
 
 
 def test_the_detector_reads_noisy_pictures():
@@ -100,13 +92,15 @@ def test_shuffled_captions_are_judged_wrong():
 def test_each_kind_of_mistake_is_seen():
     rng = np.random.default_rng(0)
     scene = Scene(((2, "red", "circle"), (1, "blue", "square")))
+
     def judge(groups, relation="", asked=scene):
-        return evaluate.judge_picture(
-            prepare_data.draw_scene(Scene(groups, relation), rng, 32), asked)
+        picture = prepare_data.draw_scene(Scene(groups, relation), rng, 32)
+        return evaluate.judge_picture(picture, asked)
     assert judge(scene.groups) == {"count": True, "colour": True, "shape": True, "everything": True}
-    assert not judge(((3, "red", "circle"), (1, "blue", "square")))["count"]
-    assert not judge(((2, "green", "circle"), (1, "blue", "square")))["colour"]
-    assert not judge(((2, "red", "triangle"), (1, "blue", "square")))["shape"]
+    for groups, kind in ((((3, "red", "circle"), (1, "blue", "square")), "count"),
+                         (((2, "green", "circle"), (1, "blue", "square")), "colour"),
+                         (((2, "red", "triangle"), (1, "blue", "square")), "shape")):
+        assert not judge(groups)[kind] and not judge(groups)["everything"]
     swapped = judge(((1, "red", "circle"), (2, "blue", "square")))
     assert swapped["count"] and swapped["colour"] and swapped["shape"] and not swapped["everything"]
     pair = ((1, "red", "circle"), (1, "blue", "square"))
@@ -127,14 +121,10 @@ def test_counting_is_also_scored_by_the_number_asked_for():
     assert right == {"1": 1, "2": 1, "3": 1, "4": 1, "5": 1, "6": 1, "8": 0, "9": 0.5}
 
 
-def test_an_empty_picture_has_no_objects():
-    blank = np.full((32, 32, 3), prepare_data.BACKGROUND, dtype=np.uint8)
-    assert evaluate.detect_objects(blank) == []
-    assert not any(evaluate.judge_picture(blank, scene_of()["one red circle"]).values())
-
-
-def test_detector_counts_touching_specks_as_nothing():
+def test_blank_pictures_and_touching_specks_hold_no_objects():
     picture = np.full((32, 32, 3), prepare_data.BACKGROUND, dtype=np.uint8)
+    assert evaluate.detect_objects(picture) == []
+    assert not any(evaluate.judge_picture(picture, scene_of()["one red circle"]).values())
     picture[3:5, 3:5] = prepare_data.COLOURS["red"]
     assert evaluate.detect_objects(picture) == []
 
@@ -143,61 +133,11 @@ def test_the_cache_has_what_it_says():
     prepare_data.main(small())
     cache = prepare_data.read_cache("data/shapes")
     assert cache.train.moments.shape == (60, 32, 8, 8) and cache.val.moments.shape == (20, 32, 8, 8)
-    assert (cache.captions[0] == ""
-            and len(cache.captions) == len(set(cache.captions)) == len(cache.text))
-    assert cache.text.shape[1:] == (16, 64)
-    for split, moments in ((Shapes(small(), "train"), cache.train),
-                           (Shapes(small(), "val"), cache.val)):
-        assert [cache.captions[row] for row in moments.pairs[:, 1]] == [
-            captions[0] for captions in split.captions]
+    assert cache.captions[0] == "" and cache.text.shape[1:] == (16, 64)
+    assert len(cache.captions) == len({*cache.captions}) == len(cache.text)
+    for name, split in (("train", cache.train), ("val", cache.val)):
+        captions = [[cache.captions[row]] for row in split.pairs[:, 1]]
+        assert captions == Shapes(small(), name).captions
     assert np.load("data/shapes/val_unseen.npy").tolist() == [i % 2 == 1 for i in range(20)]
     mean = torch.from_numpy(cache.train.moments[:]).chunk(2, dim=1)[0]
     assert abs((mean * cache.meta["latent_scale"]).std().item() - prepare_data.LATENT_STD) < 1e-3
-
-
-def test_preparing_twice_does_nothing_and_other_constants_are_refused(capsys):
-    prepare_data.main(small())
-    before = {path.name: path.stat().st_mtime_ns
-              for path in (prepare_data.Path("data/shapes")).iterdir()}
-    prepare_data.main(small())
-    assert "nothing to do" in capsys.readouterr().out
-    assert before == {path.name: path.stat().st_mtime_ns
-                      for path in (prepare_data.Path("data/shapes")).iterdir()}
-    with pytest.raises(UserError, match="--out="):
-        prepare_data.main(small(seed=3))
-
-
-def test_a_half_written_cache_is_refused_and_then_finished(monkeypatch):
-    monkeypatch.setattr(prepare_data.Progress, "PART", 16)
-    prepare_data.main(small(out="whole"))
-    load, calls = Shapes.load, Counter()
-
-    def fail_late(self, i):
-        calls[self.key, i] += 1
-        if self.key[1] == 0 and i == 40 and calls[self.key, i] == 2:    # to fit, then to encode
-            raise KeyboardInterrupt
-        return load(self, i)
-    monkeypatch.setattr(Shapes, "load", fail_late)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_data.main(small(out="half"))
-    with pytest.raises(UserError, match="not a finished cache"):
-        prepare_data.read_cache("half")
-    monkeypatch.setattr(Shapes, "load", load)
-    prepare_data.main(small(out="half"))
-    for name in ("train_moments", "val_moments", "val_images", "text", "train_pairs", "val_pairs"):
-        assert (np.load(f"half/{name}.npy") == np.load(f"whole/{name}.npy")).all(), name
-    assert json.loads(open("half/meta.json").read())["latent_scale"] \
-        == json.loads(open("whole/meta.json").read())["latent_scale"]
-
-
-def test_a_half_written_cache_of_other_constants_is_made_anew(monkeypatch, capsys):
-    def stop(*_):
-        raise KeyboardInterrupt
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(prepare_data, "random_clip_text", stop)
-        prepare_data.main(small(seed=1))
-    prepare_data.main(small())
-    assert "made anew" in capsys.readouterr().out
-    mean = prepare_data.read_cache("data/shapes").train.moments[0, :16]
-    assert np.isfinite(mean).all() and (Shapes(small(), "train").captions[0][0]
-                                        in prepare_data.read_cache("data/shapes").captions)

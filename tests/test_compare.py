@@ -1,0 +1,234 @@
+"""Protects the comparison: runs resume to the same curve, and no verdict without its interval."""
+import csv
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import compare
+import evaluate
+import prepare_data
+import sample
+import train
+from model import UserError, count_multiply_adds
+from prepare_data import scene_of, unseen_scenes
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A task of a few pictures, a network of width 16, and six steps with an examination at two."""
+    data = {"out": "data/tiny", "train_images": 60, "val_images": 20}
+    network = {"width": 16, "heads": 2, "batch_size": 4, "steps": 6, "warmup": 1, "depth": 3}
+    monkeypatch.setitem(compare.TASKS, "shapes", (data, network))
+
+    def sample_latents(*inputs):                        # in 2 steps of the solver, not 20
+        return sample.sample_latents(*inputs[:-2], 2, inputs[-1])
+    monkeypatch.setattr(compare, "sample_latents", sample_latents)
+    monkeypatch.setattr(compare, "EVERY", 2)
+    monkeypatch.setattr(compare, "ON_THE_WAY", 4)
+    monkeypatch.setattr(compare, "AT_THE_END", 6)
+
+
+def folder(name, seed=0):
+    return Path("out/compare/shapes") / f"{name}-{seed}"
+
+
+def test_a_run_that_stops_early_and_resumes_has_the_curve_of_an_unbroken_one(tiny, monkeypatch):
+    one = compare.Config(one="early-concat-0")
+    compare.main(one)
+    unbroken = compare.read_curve(folder("early-concat"))
+    assert [point["step"] for point in unbroken] == [2, 4, 6]
+    assert [point["captions"] for point in unbroken] == [4, 4, 6]
+    folder("early-concat").rename("apart")
+
+    compare.main(compare.Config(one="early-concat-0", until=3))
+    assert compare.read_curve(folder("early-concat")) == unbroken[:2]
+    checkpoint = torch.load(folder("early-concat") / "run" / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 5                      # nothing of it is lost
+    compare.main(one)
+    assert compare.read_curve(folder("early-concat")) == unbroken
+    for curve in (folder("early-concat"), Path("apart")):
+        facts = json.loads((curve / "curve.json").read_text())
+        assert (facts["name"], facts["seed"], facts["batch_size"]) == ("early-concat", 0, 4)
+        assert facts["choice"]["fusion"] == "early"
+
+    monkeypatch.setattr(train, "main", None)            # whole: not trained again
+    compare.main(one)
+
+
+def test_a_point_is_what_the_detector_reads_in_the_pictures_of_the_ema(tiny):
+    compare.main(compare.Config(one="early-cross-1", until=2))
+    point, = compare.read_curve(folder("early-cross", 1))
+    with open(folder("early-cross", 1) / "run" / "log.csv", newline="") as file:
+        log = next(csv.DictReader(file))
+    assert (log["step"], float(log["held_out_ema"])) == ("2", point["held_out_ema"])
+    checkpoint = folder("early-cross", 1) / "run" / "last.pt"
+    examination = compare.Examination(Path("none"), {}, train.Config(data="data/tiny"), until=9)
+    pipeline = sample.Pipeline(checkpoint)              # of step 3
+    net, captions = pipeline.net, examination.captions[:4]
+    pictures = examination.draw(net, 4).astype(int)
+    expected = pipeline.draw(captions, [0, 1, 2, 3], 2, 3.0).permute(0, 2, 3, 1).numpy()
+    assert abs(pictures - expected).mean() < 1          # cached features are rounded to 16 bits
+    assert abs(pictures - expected[::-1]).mean() > 10
+    cache = prepare_data.read_cache("data/tiny")
+    assert examination.captions == evaluate.choose_prompts(cache, evaluate.Config(n=6))[1]
+    facts = json.loads((folder("early-cross", 1) / "curve.json").read_text())
+    assert facts["multiply_adds"] == list(count_multiply_adds(net.config))
+    assert point["scores"]["seen"]["pictures"] == point["scores"]["unseen"]["pictures"] == 2
+
+
+def test_ctrl_c_keeps_what_there_is_and_says_so(tiny):
+    """Stopped by the user, and not by `until`: the run is not whole, and the next one not begun."""
+    examine = compare.Examination.examine
+
+    def stop(self, step, *rest):
+        examine(self, step, *rest)
+        signal.raise_signal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare.Examination, "examine", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compare.main(compare.Config(one="early-concat-0"))
+    assert [point["step"] for point in compare.read_curve(folder("early-concat"))] == [2]
+    assert not compare.is_whole(compare.Config(), "early-concat", 0)
+
+
+def test_runs_are_shared_out_to_processes(tiny, monkeypatch):
+    """Seed by seed, so that there is a complete table whenever one stops."""
+    asked = []
+
+    def call(line, stdout, stderr, env):
+        assert env["OMP_NUM_THREADS"] == "1"
+        asked.append(line[2:])
+        stdout.write("done\n")
+    monkeypatch.setattr(compare.subprocess, "run", call)
+    with pytest.raises(UserError, match="no run of early-concat, notext is whole yet"):
+        compare.main(compare.Config(models="early-concat,notext", seeds=2, until=4, processes=1))
+    assert asked == [[f"--one={name}-{seed}", "--task=shapes", "--until=4"]
+                     for seed in (0, 1) for name in ("early-concat", "notext")]
+
+
+@pytest.mark.parametrize("constants", [{"models": "early"}, {"one": "late-concat-0"}])
+def test_an_unknown_model_is_refused(constants):
+    with pytest.raises(UserError, match="is no model: expected .*early-concat"):
+        compare.main(compare.Config(**constants))
+
+
+# ---- the second task ----
+
+def test_anywhere_shows_two_objects_in_any_cells_and_the_detector_reads_them(monkeypatch):
+    monkeypatch.setitem(compare.TASKS, "anywhere",
+                        ({"out": "data/anywhere", "train_images": 90, "val_images": 60}, {}))
+    cache = prepare_data.read_cache(compare.prepare("anywhere"))
+    captions = [cache.captions[row] for row in cache.val.pairs[:, 1]]
+    scenes = [scene_of()[caption] for caption in captions]
+    assert all(len(scene.objects) == 2 and not scene.relation for scene in scenes)
+    assert not any(scene in unseen_scenes() for scene in scenes)
+    assert len({scene.groups[0] for scene in compare.pairs_of_objects()}) == 15    # of 18 kinds
+    assert evaluate.score_shapes(cache.val_images, captions)["seen"]["everything"] == 1
+    cells = {(round(y / 12 - 1 / 3), round(x / 12 - 1 / 3)) for picture in cache.val_images
+             for _, _, y, x in evaluate.detect_objects(picture)}
+    assert len(cells) == 9
+    assert prepare_data.draw_scene.__module__ == "prepare_data"     # all is as before
+
+
+# ---- figures ----
+
+def curve(*shares, every=300):
+    return [{"step": every * i, "everything": share, "held_out_ema": 0.1 / i,
+             **dict.fromkeys(("count", "colour", "shape"), share), "relation": None,
+             "scores": {"seen": {"everything": share}, "unseen": {"everything": share}}}
+            for i, share in enumerate(shares, start=1)]
+
+
+def run_of(name, seed, *shares, multiply_adds=(10 ** 6, 10 ** 8)):
+    return {"name": name, "seed": seed, "batch_size": 32, "multiply_adds": multiply_adds,
+            "curve": curve(*shares)}
+
+
+def test_steps_to_a_level_lie_on_the_line_between_two_points():
+    run = run_of("x", 0, 0.4, 0.7, 0.9, 0.85, 0.95)
+    assert compare.steps_to(run, 0.8) == pytest.approx(750)
+    assert compare.steps_to(run, 0.9) == pytest.approx(900)         # the first time
+    assert compare.steps_to(run, 0.2) == pytest.approx(150)         # from nothing at step 0
+    assert compare.steps_to(run, 0.95) == 1500
+    assert compare.steps_to(run, 0.96) is None
+
+
+def test_work_counts_each_image_three_times_with_its_text():
+    assert compare.work(run_of("x", 0), 1000) == pytest.approx(3 * 1000 * 32 * 0.101e9 / 1e12)
+
+
+def test_intervals_are_students():
+    values = [3.0, 4.0, 4.5, 7.0, 2.0]
+    mean, half = compare.interval(values)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert compare.interval([5.0]) == (5.0, np.inf)
+    assert compare.show_mean([5.0]) == "5.0"
+    assert compare.show_mean([5.0, None, 6.0]) == "2 of 3"
+
+
+def test_a_difference_whose_interval_holds_zero_is_undecided():
+    show = compare.show_difference
+    assert show([(80, 100), (82, 100), (78, 100)], "steps") == "-20.0% ± 5.0"
+    assert show([(80, 100), (120, 100), (90, 100)], "steps").startswith("undecided (-3.3% ± ")
+    assert show([(80, 100)], "steps") == "undecided (-20.0%)"               # a single seed
+    assert show([(80, 90), (81, 90)], "everything, %") == "-9.5 ± 6.4"      # in points
+    assert show([(80, None)], "steps") == show([], "steps") == ""
+
+
+def test_the_report_has_tables_pictures_and_every_curve_of_every_run(tmp_path, capsys):
+    for seed in (0, 1, 2):
+        for name, shares in (("early-concat", (0.5, 0.8 + seed / 100, 0.96)),
+                             ("intermediate-concat", (0.5, 0.8 + seed / 100, 0.97)),
+                             ("shift-2", (0.7, 0.9 + seed / 100, 0.97))):
+            folder(name, seed).mkdir(parents=True)
+            (folder(name, seed) / "curve.json").write_text(json.dumps(run_of(name, seed, *shares)))
+    folder("shift+2").mkdir()
+    (folder("shift+2") / "curve.json").write_text(json.dumps(run_of("shift+2", 0, 0.1)))
+    looked = folder("early-concat", 1) / "run" / "where" / "where.json"
+    looked.parent.mkdir(parents=True)
+    looked.write_text(json.dumps({"blocks": 9, "t": [100, 300, 500, 700, 900],
+                                  "lost_if_hidden": {str(i): 5 * [0.1 * i] for i in range(9)}}))
+    elsewhere = run_of("text4", 5, 0.1)                 # trained on another machine
+    Path("results").mkdir()
+    Path("results/results.json").write_text(json.dumps({"shapes": [elsewhere], "small": []}))
+
+    config = compare.Config(models="all", until=900, report=True, to="results")
+    compare.main(config)
+    results = json.loads(Path("results/results.json").read_text())
+    assert len(results["shapes"]) == 11 and "small" not in results
+    kept = {(run["name"], run["seed"]): run for run in results["shapes"]}
+    assert kept["text4", 5] == json.loads(json.dumps(elsewhere))
+    assert kept["early-concat", 1]["where"]["blocks"] == 9
+    for picture in ("work.png", "positions.png"):
+        assert Path("results", picture).stat().st_size > 10_000
+    out = capsys.readouterr().out
+    lines = [line.split("|") for line in out.splitlines() if line.startswith("|")]
+    assert not any("shift+2" in line for line in out.splitlines())      # not whole
+    rows = {tuple(cell.strip() for cell in line[1:4]) for line in lines}
+    assert ("shift-2", "3", "97.0 ± 0.0") in rows
+    assert ("intermediate-concat", "3", "+1.0 ± 0.0") in rows           # points
+    for run in results["shapes"]:
+        (folder(run["name"], run["seed"]) / "curve.json").unlink(missing_ok=True)
+    compare.main(config)                                # from results.json alone
+    assert capsys.readouterr().out == out
+
+
+def test_a_sweep_is_drawn_from_the_folders_of_evaluate(tmp_path):
+    for real in (False, True):
+        for w in (3.0, 1.0):
+            path = Path(f"real{real}/w{w}/eval.json")
+            path.parent.mkdir(parents=True)
+            shapes = {"seen": {"everything": w / 4}, "unseen": {"everything": w / 5}}
+            path.write_text(json.dumps({
+                "name": "last.pt", "protocol": {"guidance_scale": w},
+                "scores": {"fid": 7 + w, "clip_prefix": 22 + w} if real else shapes}))
+        compare.main(compare.Config(sweep=f"real{real}", to=f"to{real}"))
+        assert Path(f"to{real}/guidance.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="holds no folders"):
+        compare.main(compare.Config(sweep="nothing"))
