@@ -6,39 +6,29 @@
     python evaluate.py --checkpoint=out/coco/best.pt --data=data/coco --steps=50 --guidance_scale=2
     python evaluate.py --folder=pictures --data=data/coco       # anybody's pictures, with captions
 
-Shapes are scored exactly, in place of the paper's human study of counting: a classical detector
-reads the objects off each picture. A picture is right in its count (as many objects as asked),
-colour and shape (those asked and no others), relation (the first object stands where it should),
-and everything (each object asked is there once, and nothing else). "99.2 / 96.0" are % right of
-combinations seen in training / never seen.
-
-Real pictures are scored by two networks with public weights, exactly as by the reference libraries:
+Shapes are scored exactly, by a detector that reads the objects off each picture. Right are its
+count (as many as asked), colour and shape (those asked and no others), relation (the first object
+stands where it should), everything (each object asked is there once, nothing else). "99 / 96" are
+% right of combinations seen in training / never seen. Real pictures, as by the reference libraries:
 
     FID         |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of Inception features           [FID]
     CLIP score  cosine x 100 between CLIP's features of a picture and of its caption    [CLIPScore]
 
 The FID is against all held-out pictures of the cache. The ceiling is the score of as many real
-pictures, the floor theirs with shuffled captions.
-
-Pictures stay in out/NAME/eval/, a folder for each model, w and seed, and are used again; the same
-command resumes an interrupted one. Each folder has an eval.json, the scores with their whole
-protocol; out/NAME/eval.json is a copy of the latest. mscoco_uvit_small.pth is a checkpoint, too.
+pictures, the floor theirs with shuffled captions. What is drawn stays in out/NAME/eval/, to resume
+or use again, with scores and protocol in eval.json; that in out/NAME/ is a copy of the latest.
 
 [FID] arXiv 1706.08500   [CLIP] arXiv 2103.00020   [CLIPScore] arXiv 2104.08718
 """
 import hashlib
 import math
 import time
-from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import PIL
-import scipy
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -49,82 +39,81 @@ from tqdm import tqdm
 from clip_text import (CLIP_FILE, CLIPTransformer, encode_captions, load_clip_text, read_tower,
                        weights_sha256)
 from model import (Constants, FilePath, Natural, Positive, Size, UserError, choose_device,
-                   choose_precision, count_multiply_adds, load_strictly, one_writer, read_weights,
-                   reading, run, sha256, write_json, writing)
+                   choose_precision, load_strictly, one_writer, read_weights, reading, run, sha256,
+                   write_json, writing)
 from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Cache, Scene, fetch, read_cache,
                           read_captions, read_picture, scene_of, unseen_scenes)
 from sample import GuidanceScale, Pipeline, SolverSteps, save_pictures
-from vae import load_autoencoder, to_uint8
 
 
 @dataclass
 class Config(Constants):
-    checkpoint: FilePath = "out/shapes/last.pt"     # or several, separated by commas
-    folder: FilePath | None = None      # in place of a checkpoint: pictures with captions
-    data: FilePath = "data/shapes"      # the cache whose held-out captions are drawn
-    n: Positive | None = None           # captions; None: 500 of shapes, else up to 30,000
-    prompts: Literal["first", "random"] = "first"   # caption of each picture
+    checkpoint: FilePath = "out/shapes/last.pt"     # or several: A.pt,B.pt
+    folder: FilePath | None = None      # instead: pictures with captions
+    data: FilePath = "data/shapes"      # cache of held-out captions
+    n: Positive | None = None           # captions; None: 500 shapes or 30,000
     steps: SolverSteps = 20             # U-ViT: 50
-    guidance_scale: GuidanceScale = 3.0     # w; 1 = none; U-ViT's COCO models: 2, which it calls 1
-    sweep: str | None = None            # in place of one w: several, separated by commas
-    seed: Natural = 0                   # of the first picture; picture i has seed + i
-    batch_size: Size = 100              # of the sampler; the scores don't depend on it
-    raw: bool = False                   # True: the raw weights, not their moving average (EMA)
+    guidance_scale: GuidanceScale = 3.0     # w; 1 = none; U-ViT: 2, which it calls 1
+    sweep: str | None = None            # several w: 1,2,3
+    seed: Natural = 0                   # picture i has seed + i
+    batch_size: Size = 100              # of the sampler
+    raw: bool = False                   # not averaged by EMA
     weights: FilePath = "weights"       # folder of the public weights
-    inception: FilePath | None = None   # weights of the FID; None: the public ones
-    clip: FilePath | None = None        # weights of the CLIP score; None: ViT-L/14's
-    out: FilePath | None = None         # folder of the results; None: the checkpoint's
+    inception: FilePath | None = None   # weights of the FID
+    clip: FilePath | None = None        # weights of the CLIP score
+    out: FilePath | None = None         # folder of the results
 
 
 # ---- 1. shapes: reading a picture back ----
 
 KINDS = ("count", "colour", "shape", "relation", "everything")
-PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)        # (6, 3)
+PALETTE = np.array(list(COLOURS.values()), np.float64) - BACKGROUND    # (6, 3)
 
 
 def nearest_shape(cover):
     """The shape whose picture in the same box differs least from `cover` (H, W), 1 inside to 0."""
-    def points(profile):            # four in each pixel; -1 and 1 are the two ends of the box
+    def points(profile):    # four in a pixel; the box is -1 to 1
         pixels = np.arange(len(profile)) + 0.5
         fine = (np.arange(4 * len(profile)) + 0.5) / 4
         middle = (profile * pixels).sum() / profile.sum()
         return 2 * (fine - middle) / profile.sum()
     H, W = cover.shape
     y, x = points(cover.max(axis=1))[:, None], points(cover.max(axis=0))
-    inside = {"circle": x ** 2 + y ** 2 <= 1,
+    shapes = {"circle": x ** 2 + y ** 2 <= 1,
               "square": np.maximum(abs(x), abs(y)) <= 1,
               "triangle": (2 * abs(x) <= y + 1) & (y <= 1)}
-
-    def difference(shape):
-        drawn = inside[shape].reshape(H, 4, W, 4).mean(axis=(1, 3))
-        return ((drawn - cover) ** 2).sum()
-    return min(inside, key=difference)
+    errors = {}
+    for name, inside in shapes.items():
+        drawn = inside.reshape(H, 4, W, 4).mean(axis=(1, 3))
+        errors[name] = ((drawn - cover) ** 2).sum()
+    return min(errors, key=errors.get)
 
 
 def detect_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
     """The objects of a shapes picture (S, S, 3) uint8: (colour, shape, y, x) of each.
 
-    An object is a connected component of what is not background; specks are left out. Its colour is
-    the palette's nearest to its most colourful half, its shape the one that fits its box best.
+    An object is a component of what is not background, connected by sides or corners; specks are
+    left out. Its colour is the palette's nearest to its most colourful half.
     """
-    away = picture.astype(np.float64) - BACKGROUND                          # (S, S, 3)
+    away = picture.astype(np.float64) - BACKGROUND
     distance = np.linalg.norm(away, axis=-1)
-    labels, _ = ndimage.label(distance > 90, structure=np.ones((3, 3)))
-    unit = (len(picture) / 32) ** 2             # areas below are those at a side of 32
+    square = np.ones((3, 3))
+    labels, _ = ndimage.label(distance > 90, square)
+    unit = (len(picture) / 32) ** 2    # areas are at a side of 32
     objects = []
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         inside = labels == label
         area = inside.sum()
         if area < 10 * unit:
             continue
-        core = away[inside & (distance >= np.median(distance[inside]))]     # (pixels, 3)
-        errors = np.linalg.norm(core[:, None] - (PALETTE - BACKGROUND), axis=-1)
+        core = away[inside & (distance >= np.median(distance[inside]))]
+        errors = np.linalg.norm(core[:, None] - PALETTE, axis=-1)    # (pixels, 6)
         colour = np.bincount(errors.argmin(axis=1)).argmax()
-        direction = PALETTE[colour] - BACKGROUND
-        near = ndimage.binary_dilation(inside, np.ones((3, 3)))             # with its soft edge
-        cover = np.clip(away @ direction / (direction @ direction), 0, 1) * near
+        pure = PALETTE[colour]
+        near = ndimage.binary_dilation(inside, square)    # with its soft edge
+        cover = np.clip(away @ pure / (pure @ pure), 0, 1) * near
         shape = nearest_shape(cover[ndimage.find_objects(near.astype(int))[0]])
-        if area > 120 * unit:                   # twice the largest: several
+        if area > 120 * unit:    # twice the largest: several
             shape = "blob"
         y, x = [(side.start + side.stop) / 2 for side in box]
         objects.append((list(COLOURS)[colour], shape, y, x))
@@ -133,53 +122,48 @@ def detect_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
 
 def judge_picture(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
     """Which KINDS are right in a picture (S, S, 3) uint8; a scene may have no "relation"."""
-    found, asked = detect_objects(picture), scene.objects
+    objects, asked = detect_objects(picture), scene.objects
+    found = [thing[:2] for thing in objects]
     right = {"count": len(found) == len(asked),
-             "colour": {colour for colour, *_ in found} == {colour for colour, _ in asked},
-             "shape": {shape for _, shape, *_ in found} == {shape for _, shape in asked}}
+             "colour": {colour for colour, _ in found} == {colour for colour, _ in asked},
+             "shape": {shape for _, shape in found} == {shape for _, shape in asked}}
     if scene.relation:
         down, across = RELATIONS[scene.relation]
-        places = {thing[:2]: thing[2:] for thing in found}
-        right["relation"] = False
-        if all(thing in places for thing in asked):
-            dy, dx = np.subtract(places[asked[0]], places[asked[1]])
-            right["relation"] = bool(dy * down > abs(dx) if down else dx * across > abs(dy))
-    same = sorted(thing[:2] for thing in found) == sorted(asked)
-    right["everything"] = same and right.get("relation", True)
+        places = {thing[:2]: thing[2:] for thing in objects}
+        first, second = [places.get(thing, (np.nan, np.nan)) for thing in asked]
+        dy, dx = np.subtract(first, second)    # what is missing stands nowhere
+        right["relation"] = bool(dy * down > abs(dx) if down else dx * across > abs(dy))
+    right["everything"] = sorted(found) == sorted(asked) and right.get("relation", True)
     return right
 
 
-def score_shapes(pictures: Iterable[np.ndarray], captions: list[str]) -> dict[str, dict]:
-    """Share right by kind, for seen and unseen combinations; pictures (S, S, 3) uint8.
-
-    "count_by_number" is the share with a right count by the number asked for, without relations.
-    """
-    groups, by_number, scores = {"seen": [], "unseen": []}, {}, {}
+def score_shapes(pictures, captions: list[str]) -> dict[str, dict]:
+    """Share right by kind, of seen and unseen scenes, and of counts by number; (S, S, 3) uint8."""
+    groups, counts, scores = {"seen": [], "unseen": []}, {}, {}
     for picture, caption in zip(pictures, captions):
-        if caption not in scene_of():
-            raise UserError(f"{caption!r} is not a caption of the shapes dataset, "
-                            "and the detector can't check it.")
-        scene = scene_of()[caption]
+        scene = scene_of().get(caption)
+        if scene is None:
+            raise UserError(f"{caption!r} is not a caption of the shapes dataset.")
         right = judge_picture(picture, scene)
-        groups["unseen" if scene in unseen_scenes() else "seen"].append(right)
+        group = "unseen" if scene in unseen_scenes() else "seen"
+        groups[group].append(right)
         if not scene.relation:
-            by_number.setdefault(len(scene.objects), []).append(right["count"])
+            counts.setdefault(len(scene.objects), []).append(right["count"])
     for name, group in groups.items():
         scores[name] = {"pictures": len(group)}
         for kind in KINDS:
             values = [right[kind] for right in group if kind in right]
             scores[name][kind] = float(np.mean(values)) if values else None
-    scores["count_by_number"] = {str(n): float(np.mean(by_number[n])) for n in sorted(by_number)}
-    return scores
+    by_number = {str(n): float(np.mean(counts[n])) for n in sorted(counts)}
+    return scores | {"count_by_number": by_number}
 
 
 # ---- 2. FID ----
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_LAYOUT = "014e2b09052e854f2d78d83ebcf1a39d78adacc40fc3a845701a6f6719bf3461"
+INCEPTION_LAYOUT = "014e2b09052e854f"
 LAYER = ("conv/weight", "bn/running_mean", "bn/running_var", "bn/weight", "bn/bias")
 HALVE = nn.MaxPool2d(3, stride=2)
-MAXIMUM = nn.MaxPool2d(3, stride=1, padding=1)
 AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -196,63 +180,42 @@ def exact_float32(device: torch.device):
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def check_pictures(images: torch.Tensor):
+def check_pictures(images):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise TypeError(f"pictures are scored as uint8 (B, 3, H, W), not as {images.dtype} "
-                        f"{tuple(images.shape)}; vae.to_uint8 converts from [-1, 1].")
+        raise TypeError(f"expected uint8 (B, 3, H, W), not {images.dtype} {[*images.shape]}.")
 
 
 class Inception(nn.Module):
-    """The FID's Inception v3, TensorFlow's of 2015-12-05. Its sizes are read off the weights.
+    """The FID's Inception v3, TensorFlow's of 2015-12-05; sizes are those of the weights.
 
-    It differs from torchvision's in the weights, in the average pools, which don't count the
-    padding, and in the maximum of Mixed_7c, an old slip that every published FID contains.
+    torchvision's has other weights, average pools that count the padding, and an average in
+    Mixed_7c, where the maximum is an old slip that every published FID contains.
     """
 
     def __init__(self, weights):
         super().__init__()
         for name, tensor in weights.items():
-            self.register_buffer(name.replace(".", "/"), tensor.float())    # torch forbids dots
+            self.register_buffer(name.replace(".", "/"), tensor.float())
 
     def conv(self, x, name, stride=1, padding="same"):
         """Convolution, batch norm, ReLU."""
-        kernel, mean, variance, gain, bias = [self.get_buffer(f"{name}/{part}") for part in LAYER]
+        kernel, *norm = [self.get_buffer(f"{name}/{part}") for part in LAYER]
         x = F.conv2d(x, kernel, stride=stride, padding=padding)
-        return F.relu(F.batch_norm(x, mean, variance, gain, bias, eps=0.001))
+        return F.relu(F.batch_norm(x, *norm, eps=0.001))
 
-    def chain(self, x, name, layers):
-        """The layers name_1, name_2, ..., one after the other."""
-        for i in range(1, layers + 1):
+    def chain(self, x, name, layers, *last):
+        """Layers name_1, name_2, ...; `last` are the stride and padding of the last one."""
+        for i in range(1, layers):
             x = self.conv(x, f"{name}_{i}")
-        return x
+        return self.conv(x, f"{name}_{layers}", *last)
 
-    def mixed(self, x, block, **chains):
-        """Branches on the same input, concatenated; `chains` are name=layers."""
+    def mixed(self, x, block, pool=AVERAGE, halves=("",), **chains):
+        """Branches, concatenated; `chains` are name=layers, the last in two `halves` or whole."""
         branches = [self.conv(x, f"{block}/branch1x1")]
         for name, layers in chains.items():
-            branches.append(self.chain(x, f"{block}/{name}", layers))
-        branches.append(self.conv(AVERAGE(x), f"{block}/branch_pool"))
-        return torch.cat(branches, dim=1)
-
-    def mixed_6a(self, x):
-        three = self.conv(x, "Mixed_6a/branch3x3", 2, "valid")
-        double = self.chain(x, "Mixed_6a/branch3x3dbl", 2)
-        double = self.conv(double, "Mixed_6a/branch3x3dbl_3", 2, "valid")
-        return torch.cat([three, double, HALVE(x)], dim=1)
-
-    def mixed_7a(self, x):
-        three = self.conv(x, "Mixed_7a/branch3x3_1")
-        three = self.conv(three, "Mixed_7a/branch3x3_2", 2, "valid")
-        seven = self.chain(x, "Mixed_7a/branch7x7x3", 3)
-        seven = self.conv(seven, "Mixed_7a/branch7x7x3_4", 2, "valid")
-        return torch.cat([three, seven, HALVE(x)], dim=1)
-
-    def mixed_7(self, x, block, pool):
-        branches = [self.conv(x, f"{block}/branch1x1")]
-        for name, layers in (("branch3x3", 1), ("branch3x3dbl", 2)):
-            y = self.chain(x, f"{block}/{name}", layers)
-            for half in "ab":
-                branches.append(self.conv(y, f"{block}/{name}_{layers + 1}{half}"))
+            y = self.chain(x, f"{block}/{name}", layers - 1)
+            for half in halves:
+                branches.append(self.conv(y, f"{block}/{name}_{layers}{half}"))
         branches.append(self.conv(pool(x), f"{block}/branch_pool"))
         return torch.cat(branches, dim=1)
 
@@ -263,18 +226,21 @@ class Inception(nn.Module):
             x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear")
             x = self.conv(2 * x - 1, "Conv2d_1a_3x3", 2, "valid")
             x = self.conv(x, "Conv2d_2a_3x3", 1, "valid")
-            x = HALVE(self.conv(x, "Conv2d_2b_3x3"))        # (B, 64, 73, 73)
+            x = HALVE(self.conv(x, "Conv2d_2b_3x3"))    # (B, 64, 73, 73)
             x = self.conv(x, "Conv2d_3b_1x1")
-            x = self.conv(x, "Conv2d_4a_3x3", 1, "valid")
-            x = HALVE(x)                                    # (B, 192, 35, 35)
-            for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-                x = self.mixed(x, block, branch5x5=2, branch3x3dbl=3)
-            x = self.mixed_6a(x)                            # (B, 768, 17, 17)
-            for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-                x = self.mixed(x, block, branch7x7=3, branch7x7dbl=5)
-            x = self.mixed_7a(x)                            # (B, 1280, 8, 8)
-            x = self.mixed_7(x, "Mixed_7b", AVERAGE)
-            x = self.mixed_7(x, "Mixed_7c", MAXIMUM)        # (B, 2048, 8, 8)
+            x = HALVE(self.conv(x, "Conv2d_4a_3x3", 1, "valid"))    # (B, 192, 35, 35)
+            for i in "bcd":
+                x = self.mixed(x, f"Mixed_5{i}", branch5x5=2, branch3x3dbl=3)
+            three = self.conv(x, "Mixed_6a/branch3x3", 2, "valid")
+            double = self.chain(x, "Mixed_6a/branch3x3dbl", 3, 2, "valid")
+            x = torch.cat([three, double, HALVE(x)], dim=1)    # (B, 768, 17, 17)
+            for i in "bcde":
+                x = self.mixed(x, f"Mixed_6{i}", branch7x7=3, branch7x7dbl=5)
+            three = self.chain(x, "Mixed_7a/branch3x3", 2, 2, "valid")
+            seven = self.chain(x, "Mixed_7a/branch7x7x3", 4, 2, "valid")
+            x = torch.cat([three, seven, HALVE(x)], dim=1)    # (B, 1280, 8, 8)
+            for i, pool in ("b", AVERAGE), ("c", nn.MaxPool2d(3, 1, 1)):
+                x = self.mixed(x, f"Mixed_7{i}", pool, "ab", branch3x3=2, branch3x3dbl=3)
             return x.mean((2, 3))
 
 
@@ -282,23 +248,22 @@ def load_inception(path: str | Path) -> Inception:
     """pytorch-fid's weight file, strictly but for the unused classifier; raises UserError."""
     with reading(path, f"pytorch-fid's weights ({INCEPTION})"):
         weights = {name: tensor for name, tensor in read_weights(path).items()
-                   if not name.startswith("fc.") and not name.endswith("batches_tracked")}
+                   if not name.startswith("fc.") and "tracked" not in name}
         layout = repr(sorted((name, *tensor.shape) for name, tensor in weights.items()))
-        if hashlib.sha256(layout.encode()).hexdigest() != INCEPTION_LAYOUT:
+        if hashlib.sha256(layout.encode()).hexdigest()[:16] != INCEPTION_LAYOUT:
             raise ValueError("other names or shapes")
         return Inception(weights)
 
 
-def mean_and_covariance(features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(n, D) -> (D,), (D, D), in float64."""
+def mean_and_covariance(features):
+    """(n, D) -> (D,), (D, D) float64 arrays."""
     x = features.double().numpy()
     if len(x) < 2:
-        raise UserError("A single picture has no covariance, and so no FID: score two or more.")
-    return np.mean(x, axis=0), np.cov(x, rowvar=False)
+        raise UserError("A single picture has no FID: score two or more.")
+    return x.mean(axis=0), np.cov(x, rowvar=False)
 
 
-def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray,
-                     sigma2: np.ndarray) -> float:
+def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of float64 arrays [FID].
 
     With sigma = root root^T, the last trace is the sum of the singular values of root1^T root2:
@@ -306,7 +271,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray,
     """
     def root(sigma):
         values, vectors = np.linalg.eigh(sigma)
-        return vectors * np.sqrt(values.clip(0))            # rounding makes some zeros negative
+        return vectors * np.sqrt(values.clip(0))    # rounding makes some negative
     overlap = np.linalg.svd(root(sigma1).T @ root(sigma2), compute_uv=False).sum()
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
     return float(np.maximum(distance, 0))
@@ -315,15 +280,12 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray,
 # ---- 3. CLIP score ----
 
 CLIP = "clip-vit-large-patch14.bin"
-PREFIX = "A photo depicts "     # before every caption [CLIPScore], as in the paper's fork of U-ViT
+PREFIX = "A photo depicts "    # before each caption [CLIPScore]
 
 
-def preprocess(images: torch.Tensor, side: int) -> torch.Tensor:
-    """uint8 (B, 3, H, W) -> float32 (B, 3, side, side), as CLIP saw its training pictures.
-
-    Through Pillow's bicubic filter: torch's has other weights and does not round to 8 bits, which
-    gives a close, but different score.
-    """
+def preprocess(images, side: int):
+    """uint8 (B, 3, H, W) -> float32 (B, 3, side, side), as CLIP saw its training pictures: through
+    Pillow's bicubic filter. torch's, which does not round to 8 bits, gives another score."""
     B, _, H, W = images.shape
     height, width = [int(side * length / min(H, W)) for length in (H, W)]
     top, left = round((height - side) / 2), round((width - side) / 2)
@@ -341,7 +303,7 @@ class CLIPImage(nn.Module):
 
     def __init__(self, width, layers, heads, projection, patch_size, tokens):
         super().__init__()
-        self.side = patch_size * math.isqrt(tokens - 1)     # 224 pixels for ViT-L/14
+        self.side = patch_size * math.isqrt(tokens - 1)    # 224 in ViT-L/14
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros(tokens, width))
@@ -354,7 +316,7 @@ class CLIPImage(nn.Module):
         """uint8 (B, 3, H, W) -> features (B, projection) in float32."""
         check_pictures(images)
         with exact_float32(images.device):
-            x = self.conv1(preprocess(images, self.side)).flatten(2).mT     # (B, N, width)
+            x = self.conv1(preprocess(images, self.side)).flatten(2).mT    # (B, N, width)
             start = self.class_embedding.expand(len(x), 1, -1)
             x = torch.cat([start, x], dim=1) + self.positional_embedding    # (B, 1+N, width)
             x = self.transformer(self.ln_pre(x))
@@ -371,23 +333,24 @@ def load_clip_image(path: str | Path) -> CLIPImage:
     return load_strictly(net, state, path).eval().requires_grad_(False)
 
 
-def clip_scores(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+def clip_scores(images, texts):
     """Cosines (B,) of the features of pictures and of their captions, (B, projection)."""
-    if image_features.shape != text_features.shape:
-        raise UserError(f"picture features {tuple(image_features.shape)} and caption features "
-                        f"{tuple(text_features.shape)} are not of the same CLIP model.")
-    return F.cosine_similarity(image_features, text_features, dim=-1)
+    if images.shape != texts.shape:
+        raise UserError(f"features of shape {[*images.shape]} and {[*texts.shape]} "
+                        "are not of the same CLIP model.")
+    return F.cosine_similarity(images, texts, dim=-1)
 
 
 # ---- 4. scorers ----
 
-SCORE_BATCH = 50        # whatever the --batch_size: the same pictures have the same score
+SCORE_BATCH = 50
 
 
 class ShapesScorer:
     """Accuracy by the detector, which reads the pictures as they are."""
-    protocol = {"detector": "nearest colour, connected components, shape that fits the box best"}
-    embed, score = list, staticmethod(score_shapes)
+    protocol = {"detector": "nearest colour, best shape"}
+    embed = list
+    score = staticmethod(score_shapes)
 
 
 class RealScorer:
@@ -396,113 +359,85 @@ class RealScorer:
     def __init__(self, cache: Cache, config: Config):
         inception = config.inception or fetch(INCEPTION, config.weights)
         clip = config.clip or fetch(CLIP, config.weights)
-        self.device, images = choose_device(), cache.val_images
+        self.device = choose_device()
         self.inception = load_inception(inception).to(self.device)
         self.clip_image = load_clip_image(clip).to(self.device)
         self.clip_text = load_clip_text(clip).to(self.device)
         self.protocol = {
-            "reference": f"all {len(images):,} held-out pictures of {config.data}",
-            "reference_sha256": sha256(Path(config.data) / "val_images.npy"),
-            "inception_sha256": sha256(inception),
-            "clip_sha256": sha256(clip),
+            "reference": f"all held-out pictures of {config.data}",
+            "reference_sha256": sha256(f"{config.data}/val_images.npy"),
+            "inception_sha256": sha256(inception), "clip_sha256": sha256(clip),
             "clip_prefix": PREFIX,
-            "resize": "real pictures: central square, Lanczos; Inception: bilinear to 299, not "
-                      f"antialiased; CLIP: Pillow's bicubic to {self.clip_image.side}"}
-        features = [self.inception(batch).cpu() for batch in batches(images, self.device)]
-        self.mu, self.sigma = mean_and_covariance(torch.cat(features))
+            "resize": "real: Lanczos; FID: bilinear, 299; CLIP: bicubic"}
+        features = [self.inception(batch).cpu() for batch in self.batches(cache.val_images)]
+        self.reference = mean_and_covariance(torch.cat(features))
 
-    def embed(self, pictures: Iterable[np.ndarray]) -> tuple[float, torch.Tensor]:
+    def batches(self, pictures):
+        """Pictures (S, S, 3) uint8 -> (B, 3, S, S), of the same B whatever the --batch_size."""
+        pictures = iter(tqdm(pictures, "scoring"))
+        while batch := list(islice(pictures, SCORE_BATCH)):
+            batch = torch.from_numpy(np.stack(batch))
+            yield batch.permute(0, 3, 1, 2).to(self.device)
+
+    def embed(self, pictures):
         """The FID of pictures, and their CLIP features (n, projection)."""
         features, embedded = [], []
-        for batch in batches(pictures, self.device):
+        for batch in self.batches(pictures):
             features.append(self.inception(batch).cpu())
             embedded.append(self.clip_image(batch).cpu())
-        mu, sigma = mean_and_covariance(torch.cat(features))
-        return frechet_distance(mu, sigma, self.mu, self.sigma), torch.cat(embedded)
+        found = mean_and_covariance(torch.cat(features))
+        return frechet_distance(*found, *self.reference), torch.cat(embedded)
 
-    def score(self, pictures: tuple[float, torch.Tensor], captions: list[str]) -> dict[str, float]:
-        """FID and CLIP scores, after the prefix and bare, of what `embed` gave."""
+    def score(self, pictures, captions):
+        """FID and CLIP scores, after the prefix and bare; all caption features take 7 GB."""
         fid, embedded = pictures
         scores, length = {"fid": fid}, len(self.clip_text.positional_embedding)
-        for name, prefix in (("clip_prefix", PREFIX), ("clip", "")):
+        for name, prefix in ("clip_prefix", PREFIX), ("clip", ""):
             pooled = []
-            for i in range(0, len(captions), SCORE_BATCH):      # all features would take 7 GB
-                texts = [prefix + caption for caption in captions[i:i + SCORE_BATCH]]
+            for i in range(0, len(captions), SCORE_BATCH):
+                part = [prefix + caption for caption in captions[i:i + SCORE_BATCH]]
                 with exact_float32(self.device):
-                    pooled.append(encode_captions(self.clip_text, texts, length)[1].cpu())
+                    pooled.append(encode_captions(self.clip_text, part, length)[1].cpu())
             cosines = clip_scores(embedded, torch.cat(pooled))
             scores[name] = 100 * cosines.double().mean().item()
         return scores
 
 
-def batches(pictures, device):
-    """Pictures (S, S, 3) uint8, one by one -> uint8 (B, 3, S, S) on the device."""
-    pictures = iter(tqdm(pictures, "scoring", unit="picture"))
-    while batch := list(islice(pictures, SCORE_BATCH)):
-        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).to(device)
-
-
-def load_picture(path: Path, side: int) -> np.ndarray:
-    """(side, side, 3) uint8; UserError for another size, since resizing changes the FID."""
-    picture = read_picture(path)
-    if picture.size != (side, side):
-        raise UserError(f"{path} has {picture.width}x{picture.height} pixels, but the real "
-                        f"pictures have {side}x{side}: resize all to that.")
-    return np.asarray(picture)
-
-
-def score_bounds(scorer, cache, pictures, captions, config) -> dict[str, dict]:
-    """The real pictures with their captions are a ceiling, with others' captions the floor."""
+def score_bounds(scorer, cache, pictures, captions):
+    """Real pictures with their captions are a ceiling, with those of unlike ones the floor."""
     real = scorer.embed([cache.val_images[i] for i in pictures])
-    bounds = {"real pictures (ceiling)": scorer.score(real, captions)}
-    shift = len(captions) // 2                      # neighbours in a folder may be alike
-    if cache.meta["dataset"] == "shapes":
-        shift, device = 1, choose_device()
-        autoencoder = load_autoencoder(cache.meta["autoencoder"], cache.autoencoder, config.weights)
-        mean, _ = torch.from_numpy(cache.val.moments[pictures]).to(device).chunk(2, dim=1)
-        decoded = to_uint8(autoencoder.to(device).decode(mean)).permute(0, 2, 3, 1)
-        bounds["real, through the autoencoder"] = scorer.score(decoded.cpu().numpy(), captions)
-    shuffled = captions[shift:] + captions[:shift]
-    bounds["real, captions shuffled (floor)"] = scorer.score(real, shuffled)
-    return bounds
+    shift = 1 if cache.meta["dataset"] == "shapes" else len(captions) // 2
+    others = captions[shift:] + captions[:shift]
+    return {"real pictures (ceiling)": scorer.score(real, captions),
+            "real, captions shuffled (floor)": scorer.score(real, others)}
 
 
-# ---- 5. drawing and scoring ----
+# ---- 5. drawing, scoring, the table ----
 
 def choose_prompts(cache: Cache, config: Config) -> tuple[np.ndarray, list[str]]:
-    """(n,) held-out pictures of the cache, and one caption of each.
-
-    "first": in the order of the cache (COCO's: by image id), each picture's first caption, as the
-    paper's fork of U-ViT. "random": in any order, any of its captions, by the seed, as U-ViT.
-    """
+    """The first n held-out pictures, or all, and the first caption of each, as U-ViT's fork."""
     n = config.n or (500 if cache.meta["dataset"] == "shapes" else 30_000)
-    pictures, pair, counts = np.unique(cache.val.pairs[:, 0], return_index=True, return_counts=True)
-    if config.prompts == "random":
-        rng = np.random.default_rng(config.seed)
-        pair, order = pair + rng.integers(counts), rng.permutation(len(pictures))
-        pictures, pair = pictures[order], pair[order]
-    if n > len(pictures):
-        print(f"{config.data} has {len(pictures):,} held-out pictures, and all are taken.")
-    return pictures[:n], [cache.captions[row] for row in cache.val.pairs[pair[:n], 1]]
+    pictures, first = np.unique(cache.val.pairs[:, 0], return_index=True)
+    rows = cache.val.pairs[first[:n], 1]
+    return pictures[:n], [cache.captions[row] for row in rows]
 
 
-def draw_samples(pipeline, paths, captions, config) -> float | None:
+def draw_samples(pipeline, paths, captions, config):
     """Draw what is missing of one picture per caption, of seed + i; images/s, or None."""
     folder, size = paths[0].parent, config.batch_size
-    lines = [f"{path.name}\t{' '.join(caption.split())}\n"
-             for path, caption in zip(paths, captions)]
-    index, drawn = folder / "captions.txt", set()
-    if index.exists():
-        drawn = {*index.read_text("utf-8", "replace").splitlines(keepends=True)}
-    missing = [i for i, line in enumerate(lines) if line not in drawn or not paths[i].exists()]
+    index = folder / "captions.txt"
+    index.touch()
+    drawn = set(index.read_text("utf-8", "replace").splitlines(keepends=True))
+    lines = [f"{path.name}\t{caption}\n" for path, caption in zip(paths, captions)]
+    missing = [i for i, path in enumerate(paths) if lines[i] not in drawn or not path.exists()]
     if not missing:
         return None
-    begin = missing[0] // size * size               # the same batches as in an unbroken call
+    begin = missing[0] // size * size    # in whole batches
     with writing(index, "w") as file:
         file.writelines(lines[:begin])
     settings = {"guidance_scale": config.guidance_scale, "steps": config.steps}
     began = time.perf_counter()
-    for i in tqdm(range(begin, len(paths), size), f"sampling {folder}", unit="batch"):
+    for i in tqdm(range(begin, len(paths), size), f"sampling {folder}"):
         part = captions[i:i + size]
         seeds = [config.seed + k for k in range(i, i + len(part))]
         pictures = pipeline.draw(part, seeds, **settings)
@@ -510,86 +445,68 @@ def draw_samples(pipeline, paths, captions, config) -> float | None:
     return (len(paths) - begin) / (time.perf_counter() - began)
 
 
-def score_pictures(home, paths, captions, facts, protocol, scorer, cache) -> dict:
-    """Score pictures, and write home/eval.json: facts, scores, bounds, warnings, protocol."""
-    side, warnings = cache.meta["image_size"], []
-    pictures = scorer.embed(load_picture(path, side) for path in paths)
-    scores, n = scorer.score(pictures, captions), min(len(paths), len(cache.val_images))
-    if "fid" in scores and n < 30_000:
-        warnings = [f"FID from {n:,} pictures is not comparable with FID-30k: the fewer the "
-                    "pictures, the higher it is; below 2,048 it means little."]
-    versions = {library.__name__: library.__version__ for library in (torch, np, scipy, PIL)}
-    protocol = {"pictures": len(paths), "cache": cache.meta["config"], **protocol,
-                **scorer.protocol, "versions": versions}
-    result = {**facts, "scores": scores, "bounds": scorer.bounds, "warnings": warnings,
-              "protocol": protocol}
-    write_json(home / "eval.json", result)
-    return result
+def score_pictures(paths, captions, scorer, cache):
+    """What each eval.json holds. Pictures are never resized: it would change the FID."""
+    def load(path):
+        picture = read_picture(path)
+        if picture.size != size:
+            raise UserError(f"{path} has {picture.size} pixels, real pictures {size}.")
+        return np.asarray(picture)
+    size = (cache.meta["image_size"],) * 2
+    scores = scorer.score(scorer.embed(map(load, paths)), captions)
+    protocol = {"pictures": len(paths), "captions": "first of each picture"}
+    return {"scores": scores, "bounds": scorer.bounds, "protocol": protocol | scorer.protocol}
 
 
-def evaluate_checkpoint(config, captions, scorer, cache) -> dict:
-    """Draw and score; the latest eval.json is also the checkpoint's."""
-    pipeline = Pipeline(config.checkpoint, config.raw, config.weights)
-    trained, held = [f"{meta['autoencoder']['kind']} latents of {meta['dataset']} at "
-                     f"{meta['image_size']} pixels" for meta in (pipeline.meta, cache.meta)]
-    if trained != held:
-        raise UserError(f"{config.checkpoint} was trained on {trained}, but --data={config.data} "
-                        f"holds {held}: name a cache like its own.")
-    net, step, kind = pipeline.net, pipeline.step, "raw" if config.raw else "ema"
-    digest, (text, image) = weights_sha256(net), count_multiply_adds(net.config)
-    facts = {
-        "name": f"{config.checkpoint} at step {step}", "step": step,
-        "weights": kind, "weights_sha256": digest, "uvit": asdict(net.config),
-        "parameters": sum(parameter.numel() for parameter in net.parameters()),
-        "multiply_adds_text": text, "multiply_adds_per_step": image,
-        "device": pipeline.device.type, "precision": str(choose_precision(pipeline.device))}
-    protocol = asdict(config) | {
-        "sampler": "DPM-Solver++(2M)", "guidance": "eps_uncond + w (eps_cond - eps_uncond)",
-        "latent_scale": pipeline.latent_scale, "autoencoder": pipeline.meta["autoencoder"],
-        "text_tower": pipeline.meta["text_tower"]}
-    home = Path(config.out or Path(config.checkpoint).parent)
-    folder = home / "eval" / (
-        f"step{step}_{kind}_{digest[:8]}_w{config.guidance_scale:.9g}_steps{config.steps}_"
-        f"{config.prompts}_seed{config.seed}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with one_writer(folder):
-        paths = [folder / f"{i:05d}.png" for i in range(len(captions))]
-        facts["images_per_second"] = draw_samples(pipeline, paths, captions, config)
-        result = score_pictures(folder, paths, captions, facts, protocol, scorer, cache)
-    write_json(home / "eval.json", result)
-    return result
-
-
-def evaluate_folder(config, scorer, cache) -> dict:
-    """Score anybody's pictures, each with its first caption."""
+def evaluate_folder(config, scorer, cache):
+    """Score anybody's pictures."""
     folder = Path(config.folder)
     found = list(read_captions(folder).items())[:config.n]
     if not found:
         raise UserError(f"{folder} holds no pictures with captions.")
     paths = [folder / name for name, _ in found]
     captions = [texts[0] for _, texts in found]
-    facts, protocol = {"name": config.folder}, {"captions": "the first of each picture"}
+    result = {"name": config.folder} | score_pictures(paths, captions, scorer, cache)
     home = Path(config.out or folder)
-    return score_pictures(home, paths, captions, facts, protocol, scorer, cache)
+    home.mkdir(parents=True, exist_ok=True)
+    write_json(home / "eval.json", result)
+    return result
 
 
-# ---- 6. the table ----
+def evaluate_checkpoint(config, captions, scorer, cache):
+    """Draw and score; the latest eval.json is also the checkpoint's."""
+    pipeline = Pipeline(config.checkpoint, config.raw, config.weights)
+    if any(pipeline.meta[key] != cache.meta[key] for key in ("dataset", "image_size")):
+        raise UserError(f"{config.checkpoint} was not trained on pictures "
+                        f"as in {config.data}: name its own --data.")
+    step, w, digest = pipeline.step, config.guidance_scale, weights_sha256(pipeline.net)
+    home = Path(config.out or Path(config.checkpoint).parent)
+    folder = home / "eval" / (f"step{step}_{digest[:8]}_w{w:.9g}_"
+                              f"steps{config.steps}_seed{config.seed}")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:05d}.png" for i in range(len(captions))]
+    with one_writer(folder):
+        speed = draw_samples(pipeline, paths, captions, config)
+        result = {"name": f"{config.checkpoint} at step {step}", "images_per_second": speed}
+        result |= score_pictures(paths, captions, scorer, cache)
+        result["protocol"] |= asdict(config) | {
+            "step": step, "weights_sha256": digest, "sampler": "DPM-Solver++(2M)",
+            "guidance": "eps_uncond + w (eps_cond - eps_uncond)",
+            "autoencoder": pipeline.meta["autoencoder"],
+            "text_tower": pipeline.meta["text_tower"], "latent_scale": pipeline.latent_scale,
+            "precision": str(choose_precision(pipeline.device)), "torch": torch.__version__}
+        write_json(folder / "eval.json", result)
+    with one_writer(home / "eval", wait=True):
+        write_json(home / "eval.json", result)
+    return result
 
-def format_row(name, scores, facts) -> dict[str, str]:
-    """Heading -> cell; `facts` are those of eval.json, or empty."""
-    row = {"model": name, "w": "", "M params": "", "GFLOPs": "", "images/s": ""}
-    if "parameters" in facts:
-        work = facts["multiply_adds_text"] + facts["multiply_adds_per_step"]
-        row["w"] = f"{facts['protocol']['guidance_scale']:g}"
-        row["M params"] = f"{facts['parameters'] / 1e6:.2f}"
-        row["GFLOPs"] = f"{2 * work / 1e9:.3f}"
-    if speed := facts.get("images_per_second"):
-        row["images/s"] = f"{speed:.1f}"
+
+def format_row(result) -> dict[str, str]:
+    """Heading -> cell, of an eval.json, or of a bound."""
+    scores, protocol = result["scores"], result.get("protocol", {})
+    row = {"model": result["name"], "w": str(protocol.get("guidance_scale", ""))}
     if "fid" in scores:
-        row["FID"] = f"{scores['fid']:.2f}"
-        row["CLIP, prefix"] = f"{scores['clip_prefix']:.2f}"
-        row["CLIP, bare"] = f"{scores['clip']:.2f}"
-        return row
+        return row | {key: f"{value:.2f}" for key, value in scores.items()}
     for kind in KINDS:
         shares = [scores[group][kind] for group in ("seen", "unseen")]
         row[kind] = " / ".join("-" if x is None else f"{100 * x:.3g}" for x in shares)
@@ -597,34 +514,29 @@ def format_row(name, scores, facts) -> dict[str, str]:
 
 
 def print_table(rows: list[dict[str, str]]):
-    """In Markdown, with columns that are aligned in a terminal, too."""
-    lines = [list(rows[0]), *[list(row.values()) for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    for line in lines:
-        print(f"| {' | '.join(map(str.ljust, line, widths))} |")
+    for cells in (rows[0], ["---"] * len(rows[0]), *[row.values() for row in rows]):
+        print(f"| {' | '.join(cells)} |")
 
 
 def main(config: Config):
-    cache, jobs = read_cache(config.data), []
-    if not config.folder:
-        scales = config.sweep.split(",") if config.sweep else [config.guidance_scale]
-        for path in config.checkpoint.split(","):
-            jobs += [replace(config, checkpoint=path.strip(), guidance_scale=w) for w in scales]
-    if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
+    cache = read_cache(config.data)
+    scales = str(config.sweep or config.guidance_scale).split(",")
+    jobs = [replace(config, checkpoint=path.strip(), guidance_scale=w)
+            for path in config.checkpoint.split(",") for w in scales]
     pictures, captions = choose_prompts(cache, config)
-    scorer = ShapesScorer() if cache.meta["dataset"] == "shapes" else RealScorer(cache, config)
-    scorer.bounds = score_bounds(scorer, cache, pictures, captions, config)
-    results = [evaluate_checkpoint(job, captions, scorer, cache) for job in jobs]
+    shapes = cache.meta["dataset"] == "shapes"
+    scorer = ShapesScorer() if shapes else RealScorer(cache, config)
+    scorer.bounds = score_bounds(scorer, cache, pictures, captions)
     if config.folder:
-        results.append(evaluate_folder(config, scorer, cache))
-    rows = [format_row(result["name"], result["scores"], result) for result in results]
-    rows += [format_row(name, scores, {}) for name, scores in scorer.bounds.items()]
-    print(f"\n{results[0]['protocol']['pictures']:,} pictures\n")
-    print_table(rows)
-    for warning in results[0]["warnings"]:
-        print(f"warning: {warning}")
+        results = [evaluate_folder(config, scorer, cache)]
+    else:
+        results = [evaluate_checkpoint(job, captions, scorer, cache) for job in jobs]
+    n = results[0]["protocol"]["pictures"]
+    print(f"\n{n:,} pictures\n")
+    bounds = [{"name": name, "scores": scores} for name, scores in scorer.bounds.items()]
+    print_table([format_row(result) for result in results + bounds])
+    if not shapes and min(n, len(cache.val_images)) < 30_000:
+        print("warning: not comparable with FID-30k: fewer pictures have a higher FID.")
 
 
 if __name__ == "__main__":
