@@ -16,21 +16,17 @@ downloaded if they are missing. Killed at any point, the same command resumes.
     train_pairs.npy           (K, 2): picture, caption row; a picture may have several captions
     val_pairs.npy             the same, with only the first caption of each held-out picture
     val_images.npy            (M, S, S, 3) uint8: the held-out pictures, for reference scores
-    val_unseen.npy            (M,) bool, shapes only: whether training never shows that combination
     autoencoder.npz           the linear autoencoder, where it is used
     preview.png, meta.json    look at it before you train; written last: what all is made of
 
-The shapes: one to nine circles, squares and triangles in six colours, captioned by number ("three
-red circles and two blue squares") or by place ("a red circle to the left of a blue square"). A
-fixed tenth of the single groups never occurs in training, alone or in a pair, nor does a tenth of
-the relations, so that evaluate.py, which reads a caption back, can score unseen ones apart.
+The shapes: circles, squares and triangles in six colours, captioned by number ("three red circles
+and two blue squares") or by place ("a red circle above a blue square"). A fixed tenth of the groups
+and of the relations never occurs in training, so that evaluate.py can score unseen ones apart.
 """
 import csv
 import hashlib
 import json
 import math
-import os
-import re
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -75,18 +71,16 @@ class Config(Constants):
         for name, value in DEFAULTS[self.dataset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.context_len is None:    # captions of the shapes need 12
-            short = self.dataset == "shapes" and self.text_tower == "random"
-            self.context_len = 16 if short else 77
         if self.image_size % 32:
             raise UserError(f"--image_size={self.image_size}: expected a multiple of 32.")
         if (self.dataset == "folder") != bool(self.pictures):
             raise UserError("--dataset=folder and --pictures=DIR belong together.")
 
 
-REAL = {"autoencoder": "kl", "text_tower": "clip", "image_size": 256}
+REAL = {"autoencoder": "kl", "text_tower": "clip", "image_size": 256, "context_len": 77}
 DEFAULTS = {
     "shapes": {"autoencoder": "linear", "text_tower": "random", "image_size": 32,
+               "context_len": 16,           # its captions need 12
                "train_images": 20_000, "val_images": 1_000, "out": "data/shapes"},
     "coco": REAL | {"val_images": 30_000, "out": "data/coco"},
     "folder": REAL | {"out": "data/folder"},
@@ -117,12 +111,12 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        if self.relation:
-            (_, *one), (_, *other) = self.groups
-            return f"a {' '.join(one)} {self.relation} a {' '.join(other)}"
-        phrases = [f"{NUMBERS[number - 1]} {colour} {shape}{'s' if number > 1 else ''}"
-                   for number, colour, shape in self.groups]
-        return " and ".join(phrases)
+        phrases = []
+        for number, colour, shape in self.groups:
+            article = "a" if self.relation else NUMBERS[number - 1]
+            plural = "s" if number > 1 else ""
+            phrases.append(f"{article} {colour} {shape}{plural}")
+        return f" {self.relation or 'and'} ".join(phrases)
 
     @property
     def objects(self) -> list[tuple[str, str]]:
@@ -198,9 +192,9 @@ class Shapes:
     def __init__(self, config: Config, split: str):
         self.size = config.image_size
         self.key = (config.seed, ["train", "val"].index(split))
-        self.names = range(getattr(config, f"{split}_images"))
         rng = np.random.default_rng(self.key)
-        self.scenes = [choose_scene(rng, unseen=split == "val" and i % 2 == 1) for i in self.names]
+        count = getattr(config, f"{split}_images")
+        self.scenes = [choose_scene(rng, split == "val" and i % 2 == 1) for i in range(count)]
         self.captions = [[scene.caption] for scene in self.scenes]
 
     def load(self, i: int) -> np.ndarray:
@@ -210,7 +204,7 @@ class Shapes:
 
 # ---- 2. your own pictures, and COCO ----
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
 
 def read_picture(path: str | Path) -> Image.Image:
@@ -219,8 +213,8 @@ def read_picture(path: str | Path) -> Image.Image:
         image.load()
         with suppress(Exception):           # where EXIF data are broken, pixels may be sound
             image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers")
+        if image.mode == "F":               # Pillow would clip them to 0 to 255
+            raise UserError(f"{path} has floating-point pixels: save it with 8 or 16 bits.")
         if image.mode.startswith("I"):      # 16-bit grey, which Pillow would clip at 255
             grey = np.asarray(image).clip(0, 65535) // 256
             image = Image.fromarray(grey.astype(np.uint8))
@@ -232,7 +226,7 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 class Pictures:
-    """A split of pictures with captions (name -> captions); `read(name)` gives an RGB image."""
+    """A split of pictures; `captions` has those of each, and `read` gives an RGB image of a key."""
 
     def __init__(self, config: Config, captions: dict[str, list[str]], read):
         self.size, self.read = config.image_size, read
@@ -255,15 +249,15 @@ def clean(text: str) -> str:
 def read_lines(path: Path) -> list[str]:
     with reading(path, "text in UTF-8, or UTF-16 with a byte-order mark"):
         data = path.read_bytes()
-        utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         text = data.decode("utf-16" if utf16 else "utf-8-sig")
         if "\0" in text:
             raise ValueError("it has null characters")
         return text.split("\n")
 
 
-def read_table(path: Path) -> list[tuple[str, list[str]]]:
-    """(name of a picture, captions) of each line of a .jsonl, .csv or captions.txt."""
+def read_table(path: Path) -> list[tuple[str, str]]:
+    """(name of a picture, caption) of each line of a .jsonl, .csv or captions.txt."""
     rows, header = [], ["file_name", "text"]
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
@@ -276,138 +270,121 @@ def read_table(path: Path) -> list[tuple[str, list[str]]]:
                 if path.suffix == ".csv":
                     cells = next(csv.reader([line], strict=True))
                     header = cells if number == 1 else header
-                last = len(header) - 1
-                if len(cells) > len(header) and header[last] == "text":
+                if len(cells) > len(header) and header[-1] == "text":
+                    last = len(header) - 1
                     cells[last:] = [",".join(cells[last:])]     # a caption without quotes
                 row = dict(zip(header, cells, strict=True))
-            name, text = Path(row["file_name"]), row["text"]
-            if name.is_absolute() or ".." in name.parts:
-                raise ValueError("the picture is outside the folder")
-            texts = text if isinstance(text, list) else [text]
-            rows.append((name.as_posix(), [clean(text) for text in texts]))
+            name, texts = Path(row["file_name"]).as_posix(), row["text"]
+            texts = [texts] if isinstance(texts, str) else texts
+            rows += [(name, clean(text)) for text in texts]
     return rows[1:] if path.suffix == ".csv" else rows
 
 
+def list_pictures(folder: Path) -> list[str]:
+    """The names of the pictures in a folder and below it, except hidden ones."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))]
+    return [name for name in names if Path(name).suffix.lower() in SUFFIXES
+            and "/." not in f"/{name}"]
+
+
 def read_captions(folder: Path) -> dict[str, list[str]]:
-    """Name -> captions, of the folder's one table, else of the .txt files next to its pictures.
+    """Name -> captions, of the folder's tables, or else of the .txt files next to its pictures.
 
     A .txt has one caption a line; a .jsonl lines with "file_name" and "text", a caption or a list
     of them; a .csv columns of these names; captions.txt lines of name, tab, caption (sample.py's).
     """
     patterns = ("[!.]*.jsonl", "[!.]*.csv", "captions.txt")
     tables = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-    if len(tables) > 1:
-        raise UserError(f"{tables[0]} and {tables[1]}: leave only one table of captions there.")
-    if tables:
-        rows = read_table(tables[0])
-    else:
-        paths = {name: (folder / name).with_suffix(".txt") for name in list_pictures(folder)}
-        rows = [(name, [clean(line) for line in read_lines(path)])
-                for name, path in paths.items() if path.exists()]
+    rows = [row for table in tables for row in read_table(table)]
+    for name in list_pictures(folder):
+        path = (folder / name).with_suffix(".txt")
+        if not tables and path.exists():
+            rows += [(name, clean(line)) for line in read_lines(path)]
     captions = {}
-    for name, texts in rows:
-        captions.setdefault(name, []).extend(filter(None, texts))
-    return {name: texts for name, texts in captions.items() if texts}
+    for name, text in rows:
+        if text:
+            captions.setdefault(name, []).append(text)
+    return captions
 
 
-def list_pictures(folder: Path) -> list[str]:
-    """The names of the pictures in a folder and below it, except hidden ones."""
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
-    return [path.as_posix() for path in paths if path.suffix.lower() in SUFFIXES
-            and not any(part.startswith(".") for part in path.parts)]
-
-
-def report_skipped(why: str, names: list[str]):
-    if names:
-        more = " ..." if len(names) > 5 else ""
-        print(f"skipped, {why}: {len(names):,} pictures: {clean(', '.join(names[:5]))}{more}")
-
-
-def choose_pictures(folder: Path) -> dict[str, list[str]]:
-    """Name -> captions of the pictures to use; those that are left out are listed."""
-    if not folder.is_dir():
-        raise UserError(f"--pictures={folder}: expected the folder of your pictures.")
-    captions = read_captions(folder)
-    unusable = {name for name in captions
-                if not os.path.isfile(folder / name) or re.search("[\ud800-\udfff]", name)}
-    silent = [name for name in list_pictures(folder) if name not in captions]
-    report_skipped("without a caption", silent)
-    report_skipped("missing, not a file, or a name that is not UTF-8", sorted(unusable))
-    return {name: captions[name] for name in sorted(captions) if name not in unusable}
-
-
-def open_folder(config: Config, captions: dict[str, list[str]]) -> list[Pictures]:
+def open_folder(config: Config) -> list[Pictures]:
     """[training, held-out]; every picture is decoded once to see whether it can be."""
-    def read(name):
-        return read_picture(Path(config.pictures, name))
+    folder = Path(config.pictures)
+    captions = read_captions(folder)
 
-    def examine(name):
+    names = []
+    for name in tqdm(captions, "reading pictures"):
         try:
-            read(name)
+            read_picture(folder / name)
+            names.append(name)
         except UserError as error:
-            return str(error)
-    with ThreadPoolExecutor() as pool:
-        answers = tqdm(pool.map(examine, captions), "reading pictures", len(captions))
-        damaged = {name: answer for name, answer in zip(captions, answers) if answer}
-    report_skipped("damaged", [*damaged.values()])
-    names = [name for name in captions if name not in damaged]
+            print(clean(f"skipped: {error}"))
+    silent = {*list_pictures(folder)} - {*captions}
+    print(f"skipped: {len(silent):,} pictures without a caption")
     count = config.val_images or min(1000, math.ceil(len(names) / 10))
     if len(names) <= count:
-        raise UserError(f"{config.pictures} has {len(names)} sound pictures with captions: too few "
-                        f"to hold out {count} of them (--val_images) and train on the others.")
-    order = {name: hashlib.sha256(repr(name).encode()).digest() for name in names}  # never changes
-    held_out = sorted(sorted(names, key=order.get)[:count])
-    train = sorted({*names} - {*held_out})[:config.train_images]
-    return [Pictures(config, {name: captions[name] for name in part}, read)
-            for part in (train, held_out)]
+        raise UserError(f"{folder} has {len(names)} sound pictures with captions: too few to hold "
+                        f"out {count} of them (--val_images) and train on the others.")
+    names.sort(key=lambda name: hashlib.sha256(repr(name).encode()).digest())   # never changes
+    parts = sorted(names[count:])[:config.train_images], sorted(names[:count])
+    return [Pictures(config, {folder / name: captions[name] for name in part}, read_picture)
+            for part in parts]
 
 
 def open_coco(config: Config, split: str) -> Pictures:
     """A split of MS-COCO 2014: pictures by image id, captions in their file's order [U-ViT]."""
     texts = zipfile.ZipFile(fetch("annotations_trainval2014.zip", config.downloads))
-    annotations = json.loads(texts.read(f"annotations/captions_{split}2014.json"))
-    names = {image["id"]: f"{split}2014/{image['file_name']}" for image in annotations["images"]}
+    content = json.loads(texts.read(f"annotations/captions_{split}2014.json"))
+    names = {image["id"]: image["file_name"] for image in content["images"]}
     captions = {names[i]: [] for i in sorted(names)}
-    for annotation in annotations["annotations"]:
-        captions[names[annotation["image_id"]]].append(clean(annotation["caption"]))
+    for entry in content["annotations"]:
+        captions[names[entry["image_id"]]].append(clean(entry["caption"]))
     # the first 30,000 of the validation split are those of the paper's own evaluation
-    captioned = [name for name, texts in captions.items() if texts]
-    captioned = captioned[:getattr(config, f"{split}_images")]
+    captioned = ((name, texts) for name, texts in captions.items() if texts)
+    chosen = dict(islice(captioned, getattr(config, f"{split}_images")))
     archive = zipfile.ZipFile(fetch(f"{split}2014.zip", config.downloads))      # is not unpacked
 
     def read(name):
-        with archive.open(name) as file, Image.open(file) as image:
+        with archive.open(f"{split}2014/{name}") as file, Image.open(file) as image:
             return image.convert("RGB")             # a few are grey
-    return Pictures(config, {name: captions[name] for name in captioned}, read)
+    return Pictures(config, chosen, read)
 
 
 # ---- 3. preparing ----
 
+def in_batches(rows):
+    return (rows[i:i + BATCH] for i in range(0, len(rows), BATCH))
+
+
 def load_pictures(source):
     """All pictures of a split in batches (B, S, S, 3) uint8, read by several threads."""
-    numbers = range(len(source.names))
     with ThreadPoolExecutor() as pool:
-        for i in range(0, len(numbers), BATCH):
-            yield np.stack([*pool.map(source.load, numbers[i:i + BATCH])])
+        for numbers in in_batches(range(len(source.captions))):
+            yield np.stack([*pool.map(source.load, numbers)])
 
 
-def fill(path: Path, shape: tuple, dtype: type, batches) -> np.ndarray:
-    """The array of a file: kept if it is whole, else made of `batches` and moved into place."""
-    dtype = np.dtype(dtype)
-    size = 128 + math.prod(shape) * dtype.itemsize      # 128: the header
-    if not path.exists() or path.stat().st_size != size:
-        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-        with writing(path) as file, tqdm(total=shape[0], desc=path.stem) as bar:
-            np.lib.format.write_array_header_1_0(file, header)
+def fill(path: Path, count: int, batches) -> np.ndarray:
+    """An array of `count` rows: kept where it is whole, else made of `batches`."""
+    if not path.exists():
+        with writing(path) as file, tqdm(total=count, desc=path.stem) as bar:
             for batch in batches:       # on a full disk a memory map would crash
-                file.write(np.ascontiguousarray(batch, dtype).tobytes())
+                if bar.n == 0:
+                    size, free = count * batch[0].nbytes, shutil.disk_usage(path.parent).free
+                    if size > free:
+                        raise UserError(f"{path} takes {size:,} bytes, and {free:,} are free: make "
+                                        "room, or name a folder on another disk with --out.")
+                    header = {"descr": batch.dtype.str, "fortran_order": False,
+                              "shape": (count, *batch.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(batch.tobytes())
                 bar.update(len(batch))
-    return np.load(path, mmap_mode="c")
+    with reading(path, "an array of an unfinished cache: delete it"):
+        return np.load(path, mmap_mode="c")
 
 
-def measure_scale(moments: np.ndarray, latent_std: float) -> tuple[float, float]:
-    """(the factor that gives all latents standard deviation `latent_std`, their mean before it)."""
-    total, squares, n = 0.0, 0.0, 0
+def measure_scale(moments: np.ndarray) -> float:
+    """The factor that gives all latents together a standard deviation of 1."""
+    total, squares, n = 0.0, 0.0, moments.size // 2
     for i in range(0, len(moments), 512):
         part = torch.from_numpy(moments[i:i + 512])
         generator = torch.Generator().manual_seed(i)
@@ -415,12 +392,11 @@ def measure_scale(moments: np.ndarray, latent_std: float) -> tuple[float, float]
         z = sample_latent(part, noise).double()
         total += z.sum().item()
         squares += z.square().sum().item()
-        n += z.numel()
     # for COCO expect about U-ViT's 0.23010; 0.18215 is Stable Diffusion's, of other pictures
-    return latent_std * (squares / n - (total / n) ** 2) ** -0.5, total / n
+    return (squares / n - (total / n) ** 2) ** -0.5
 
 
-def load_weights(kind: str, choice: str, public: str, load, folder: str):
+def load_frozen(kind: str, choice: str, public: str, load, folder: str):
     """(network, what finds it again), of public weights or of a file."""
     path = fetch(public, folder) if choice == kind else Path(choice).absolute()
     network = load(path).to(choose_device())
@@ -436,145 +412,102 @@ def load_networks(config: Config):
         autoencoder = LinearAutoencoder()
         about = {"kind": "linear", "about": "principal components of 4x4 patches, a stand-in"}
     else:
-        autoencoder, about = load_weights("kl", config.autoencoder, "kl-f8.bin", load_vae, weights)
+        autoencoder, about = load_frozen("kl", config.autoencoder, "kl-f8.bin", load_vae, weights)
     if config.text_tower == "random":
         text_tower = random_clip_text(seed, L)
         about_text = {"kind": "random", "seed": seed, "context_len": L,
                       "sha256": weights_sha256(text_tower),
                       "about": "small, random and frozen, a stand-in for CLIP's"}
     else:
-        text_tower, about_text = load_weights(
+        text_tower, about_text = load_frozen(
             "clip", config.text_tower, "clip-vit-large-patch14.bin", load_clip_text, weights)
     return autoencoder, text_tower, {"autoencoder": about, "text_tower": about_text}
 
 
-def start(folder: Path, made_of: dict, size: int):
-    """Keep what an interrupted call left of the same data; UserError for anything else."""
-    record = folder / "preparing.json"
-    others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    difference = "no unfinished cache"
-    if record.exists():
-        difference = same_data(json.loads(record.read_text(encoding="utf-8")), made_of)
-    if others and difference:
-        raise UserError(f"{folder} holds {others[0]}, but not of the same data: {difference}. "
-                        "Delete the folder, or name another with --out.")
-    write_json(record, made_of)
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
-    size -= sum(path.stat().st_size for path in folder.glob("*.npy"))
-    free = shutil.disk_usage(folder).free
-    print(f"{size / 1e9:,.2f} GB to be written to {folder}, {free / 1e9:,.1f} GB are free")
-    if size > free:
-        raise UserError(f"{folder} has not enough room: {size:,} bytes are to be written, {free:,} "
-                        "are free. Make room, or name a folder on another disk with --out.")
-
-
-def write_pictures(folder: Path, train, val, autoencoder, device, shape: tuple) -> np.ndarray:
-    """The held-out pictures, and the moments of all; returns those of the training pictures."""
-    def encode(batches):
-        for pictures in batches:
-            x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)   # (B, 3, S, S)
-            yield autoencoder.encode(to_unit(x)).cpu().numpy()
-    if isinstance(autoencoder, LinearAutoencoder):
-        pictures = np.concatenate([*islice(load_pictures(train), 4096 // BATCH)])
-        autoencoder.fit(to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2)))
-        with writing(folder / "autoencoder.npz") as file:
-            np.savez(file, **autoencoder.state_dict())
-    N, M, S = len(train.names), len(val.names), train.size
-    images = fill(folder / "val_images.npy", (M, S, S, 3), np.uint8, load_pictures(val))
-    moments = encode(images[i:i + BATCH] for i in range(0, M, BATCH))
-    fill(folder / "val_moments.npy", (M, *shape), np.float32, moments)
-    moments = encode(load_pictures(train))
-    return fill(folder / "train_moments.npy", (N, *shape), np.float32, moments)
-
-
-def write_captions(folder: Path, train, val, captions: list[str], text_tower, shape: tuple):
-    """The captions, their features, and for each split the pairs of picture and caption row."""
-    with writing(folder / "captions.txt", "w") as file:
-        file.writelines(caption + "\n" for caption in captions)
-    # For COCO 53 GB. The text tower in the training loop instead would cost 14% more work in each
-    # of a million steps. A step reads 256 rows of 118 kB: take an SSD.
-    batches = (captions[i:i + BATCH] for i in range(0, len(captions), BATCH))
-    features = (encode_captions(text_tower, batch, shape[1])[0].cpu() for batch in batches)
-    fill(folder / "text.npy", shape, np.float16, features)
-    row, arrays = {caption: i for i, caption in enumerate(captions)}, {}
-    for split, source in (("train", train), ("val", val)):
-        arrays[f"{split}_pairs"] = [(i, row[text]) for i, texts in enumerate(source.captions)
-                                    for text in texts]
-    if isinstance(val, Shapes):
-        arrays["val_unseen"] = [scene in unseen_scenes() for scene in val.scenes]
-    for name, array in arrays.items():
-        with writing(folder / f"{name}.npy") as file:
-            np.save(file, np.array(array))
+def expect_same(path: Path, made_of: dict):
+    with reading(path, "what a cache is made of; delete its folder, or name another with --out"):
+        then = json.loads(path.read_text(encoding="utf-8"))
+        if difference := same_data({key: then.get(key) for key in made_of}, made_of):
+            raise UserError(f"{path.parent} holds other data: {difference}. Delete it, or name "
+                            "another folder with --out.")
 
 
 @torch.no_grad()
-def prepare(config: Config, made_of: dict, chosen: dict, folder: Path):
+def prepare(config: Config, made_of: dict, folder: Path):
     """Write a cache; what an interrupted call left whole is kept."""
     if config.dataset == "folder":
-        train, val = open_folder(config, chosen)
+        train, val = open_folder(config)
     else:
         open_split = Shapes if config.dataset == "shapes" else open_coco
         train, val = open_split(config, "train"), open_split(config, "val")
     val.captions = [texts[:1] for texts in val.captions]
     distinct = {text for texts in train.captions + val.captions for text in texts}
-    captions = ["", *sorted(distinct - {""})]
+    captions = sorted(distinct | {""})      # "" is the first
     autoencoder, text_tower, networks = load_networks(config)
-    device = next(iter(autoencoder.state_dict().values())).device
-    S, N, M, R = config.image_size, len(train.names), len(val.names), len(captions)
-    L, E = config.context_len, text_tower.positional_embedding.shape[1]
-    C2, h, w = autoencoder.encode(torch.zeros(1, 3, S, S, device=device)).shape[1:]
-    print(f"{N:,} training and {M:,} held-out pictures, {R:,} distinct captions")
-    size = 3 * M * S * S + 4 * (N + M) * C2 * h * w + 2 * R * L * E
-    start(folder, made_of | networks, size)
+    made_of = made_of | networks
+    record = folder / ".preparing.json"
+    if not any(folder.glob("[!.]*")):
+        write_json(record, made_of)
+    expect_same(record, made_of)
 
-    moments = write_pictures(folder, train, val, autoencoder, device, (C2, h, w))
-    write_captions(folder, train, val, captions, text_tower, (R, L, E))
+    N, M, L = len(train.captions), len(val.captions), config.context_len
+    print(f"{N:,} training and {M:,} held-out pictures, {len(captions):,} distinct captions, "
+          f"{count_truncated(captions, L):,} of them truncated to {L} tokens")
+    linear = config.autoencoder == "linear"
+    device = torch.device("cpu") if linear else choose_device()
+
+    def to_tensor(pictures):
+        return to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device))   # (B, 3, S, S)
+
+    def encode(pictures):
+        return autoencoder.encode(to_tensor(pictures)).cpu().numpy()
+
+    if linear:
+        autoencoder.fit(to_tensor(np.concatenate([*islice(load_pictures(train), 4096 // BATCH)])))
+        with writing(folder / "autoencoder.npz") as file:
+            np.savez(file, **autoencoder.state_dict())
+    images = fill(folder / "val_images.npy", M, load_pictures(val))
+    fill(folder / "val_moments.npy", M, map(encode, in_batches(images)))
+    moments = fill(folder / "train_moments.npy", N, map(encode, load_pictures(train)))
+    with writing(folder / "captions.txt", "w") as file:
+        file.writelines(caption + "\n" for caption in captions)
+    # For COCO 53 GB. The text tower in the training loop instead would cost 14% more work in each
+    # of a million steps. A step reads 256 rows of 118 kB: take an SSD.
+    features = (encode_captions(text_tower, batch, L)[0] for batch in in_batches(captions))
+    fill(folder / "text.npy", len(captions), (part.half().cpu().numpy() for part in features))
+    row = {caption: i for i, caption in enumerate(captions)}
+    for split, source in (("train", train), ("val", val)):
+        pairs = [(i, row[text]) for i, texts in enumerate(source.captions) for text in texts]
+        fill(folder / f"{split}_pairs.npy", len(pairs), [np.array(pairs)])
+
     latents = torch.from_numpy(moments[:24]).chunk(2, dim=1)[0].to(device)
     decoded = to_uint8(autoencoder.decode(latents)).cpu()
+    preview = draw_grid(decoded, [texts[0] for texts in train.captions[:24]], columns=8)
     with writing(folder / "preview.png") as file:
-        labels = [texts[0] for texts in train.captions[:24]]
-        draw_grid(decoded, labels, columns=8).save(file, "PNG")
-    latent_std = LATENT_STD if config.autoencoder == "linear" else 1.0
-    scale, mean = measure_scale(moments, latent_std)
-    contents = [[[*source.names], source.captions] for source in (train, val)]
-    write_meta(folder, made_of | networks | {
-        "format": CACHE_FORMAT, "dataset": config.dataset, "image_size": S, "train_images": N,
-        "val_images": M, "captions": R, "truncated": count_truncated(captions, L),
-        "contents": digest(contents), "null_context": "row 0 of text.npy, the empty caption",
-        "latent_shape": (C2 // 2, h, w), "latent_scale": scale, "latent_mean": mean,
-        "latent_std": latent_std})
-
-
-def describe(config: Config, captions: dict[str, list[str]]) -> dict:
-    """What a cache is made of: constants, and the user's pictures and captions."""
-    keys = ("dataset", "seed", "autoencoder", "text_tower", "image_size", "context_len",
-            "train_images", "val_images")
-    constants = {key: getattr(config, key) for key in keys}
-    for key, value in constants.items():
-        if key in ("autoencoder", "text_tower") and os.path.isfile(value):
-            constants[key] = sha256(value)
-    pictures = [sha256(Path(config.pictures, name)) for name in captions]
-    return {"config": constants, "sources": {
-        "pictures": len(pictures), "captions": digest(captions), "contents": digest(pictures)}}
+        preview.save(file, "PNG")
+    scale = (LATENT_STD if linear else 1) * measure_scale(moments)
+    write_meta(folder, made_of | {
+        "format": CACHE_FORMAT, "dataset": config.dataset, "image_size": config.image_size,
+        "latent_shape": latents.shape[1:], "latent_scale": scale})
 
 
 def main(config: Config):
-    chosen = choose_pictures(Path(config.pictures)) if config.pictures else {}
-    made_of, folder = describe(config, chosen), Path(config.out)
+    folder, places = Path(config.out), ("pictures", "out", "downloads", "weights")
+    made_of = {"config": {key: vars(config)[key] for key in vars(config) if key not in places}}
+    if config.pictures:
+        captions = read_captions(Path(config.pictures))
+        paths = [Path(config.pictures, name) for name in captions]
+        made_of["captions"] = digest(captions)
+        made_of["pictures"] = digest([sha256(path) for path in paths if path.is_file()])
     if not (folder / "meta.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with one_writer(folder, wait=True):
             if not (folder / "meta.json").exists():     # else another process has prepared it
-                prepare(config, made_of, chosen, folder)
+                prepare(config, made_of, folder)
+    expect_same(folder / "meta.json", made_of)
     meta = read_cache(folder).meta
-    if difference := same_data({key: meta[key] for key in made_of}, made_of):
-        raise UserError(f"{folder} was prepared with other data: {difference}. Delete it and "
-                        "prepare again, or name another folder with --out.")
-    (folder / "preparing.json").unlink(missing_ok=True)
-    shape, scale, truncated = meta["latent_shape"], meta["latent_scale"], meta["truncated"]
-    print(f"{folder} is complete: latents {shape}, scale {scale:.4f}, {truncated:,} captions "
-          f"truncated to {config.context_len} tokens. Look at {folder / 'preview.png'}, then:\n"
+    print(f"{folder} is complete, of latent scale {meta['latent_scale']:.4f}. Look at "
+          f"{folder / 'preview.png'}, then:\n"
           f"  python train.py --data={folder} --name={folder.name}")
 
 
@@ -602,66 +535,51 @@ def digest(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def describe_file(path: Path) -> dict | None:
-    """Size of a file and SHA-256 of its first and last 32 MB, all of any but large arrays."""
-    if not path.is_file():
-        return None
-    edge, size = 2 ** 25, path.stat().st_size
-    with open(path, "rb") as file:
-        found = hashlib.sha256(file.read(edge))
-        file.seek(max(edge, size - edge))
-        found.update(file.read())
-    return {"bytes": size, "sha256": found.hexdigest()}
+def describe_file(path: Path) -> list | None:
+    """The size and SHA-256 of a file; of COCO's arrays, up to 53 GB, the size alone."""
+    if path.is_file():
+        size = path.stat().st_size
+        return [size, sha256(path) if size < 2 ** 28 else None]
 
 
 def write_meta(folder: Path, meta: dict):
     """Finish a cache: meta.json, with the digests of its files and of itself."""
     paths = [folder / "captions.txt", *sorted(folder.glob("*.np[yz]"))]
     meta = meta | {"files": {path.name: describe_file(path) for path in paths}}
-    with writing(folder / "meta.json", "w") as file:
-        json.dump(meta | {"sha256": digest(meta)}, file, indent=1)
+    write_json(folder / "meta.json", meta | {"sha256": digest(meta)})
 
 
 def read_cache(folder: str | Path) -> Cache:
     """Open a finished cache; UserError for anything else."""
     folder = Path(folder)
     path, advice = folder / "meta.json", f"delete {folder} and prepare it again."
-    with reading(path, "the description of a finished cache; prepare_data.py makes it, and resumes "
-                       f"what was interrupted (is it damaged? {advice})"):
+    with reading(path, f"a finished cache: run prepare_data.py, or, if it is damaged, {advice}"):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["format"] != CACHE_FORMAT:
-            raise UserError(f"{folder} has format {meta['format']}, and this code reads "
-                            f"{CACHE_FORMAT}: {advice}")
-        if meta.pop("sha256") != digest(meta):
-            raise UserError(f"{path} is damaged or was edited: {advice}")
+        if meta["format"] != CACHE_FORMAT or meta.pop("sha256") != digest(meta):
+            raise UserError(f"{path} is damaged, edited or not {CACHE_FORMAT}: {advice}")
     for name, facts in meta["files"].items():
         if describe_file(folder / name) != facts:
             raise UserError(f"{folder / name} is missing, damaged or of another cache: {advice}")
-
-    def array(name):
-        return np.load(folder / f"{name}.npy", mmap_mode="c")
-
+    arrays = {name: np.load(folder / name, mmap_mode="c") for name in meta["files"]
+              if name != "captions.txt"}
+    autoencoder = {key: torch.from_numpy(value)
+                   for key, value in arrays.get("autoencoder.npz", {}).items()}
     captions = (folder / "captions.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    autoencoder = {}
-    if "autoencoder.npz" in meta["files"]:
-        with np.load(folder / "autoencoder.npz") as file:
-            autoencoder = {key: torch.from_numpy(file[key]) for key in file.files}
-    train, val = [Split(array(f"{split}_moments"), np.asarray(array(f"{split}_pairs")))
+    train, val = [Split(arrays[f"{split}_moments.npy"], np.asarray(arrays[f"{split}_pairs.npy"]))
                   for split in ("train", "val")]
-    return Cache(meta, captions, array("text"), autoencoder, train, val, array("val_images"))
+    return Cache(meta, captions, arrays["text.npy"], autoencoder, train, val,
+                 arrays["val_images.npy"])
 
 
 def same_data(meta: dict, other: dict) -> str | None:
     """What differs between two descriptions of data, or None. Floats may differ by rounding."""
     for key in [key for key in {**meta, **other} if key not in ("files", "file", "about")]:
         a, b = meta.get(key), other.get(key)
+        floats = {type(a), type(b)} == {float}
         if isinstance(a, dict) and isinstance(b, dict):
             if difference := same_data(a, b):
                 return f"{key}: {difference}"
-        elif isinstance(a, float) and isinstance(b, float):
-            if not math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4):
-                return f"{key} ({a:g} and {b:g})"
-        elif a != b:
+        elif a != b and not (floats and math.isclose(a, b, rel_tol=1e-3)):
             return f"{key} ({a!s:.20} and {b!s:.20})"
 
 
@@ -696,20 +614,16 @@ def fetch(name: str, folder: str | Path) -> Path:
     """The public file `name` in `folder`, downloaded if it is missing, and verified."""
     url, size, expected = FILES[name]
     path = Path(folder, name)
-    command = (f"curl -L -C - --create-dirs -o {path} {url} ({size:,} bytes, SHA-256 {expected}), "
-               "then run the same command again")
-    if not path.exists():
-        if size > 2 ** 32:              # curl can resume it
-            raise UserError(f"{path} is missing: fetch it with {command}.")
+    if not path.exists() and size < 2 ** 32:            # curl can resume what is larger
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), expected)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} could not be fetched ({error}): try again, or fetch it with "
-                            f"{command}.") from None
-    elif sha256(path) != expected:
-        raise UserError(f"{path} is not the public file, its {path.stat().st_size:,} bytes have "
-                        f"another SHA-256: delete it, fetch it with {command}.")
+            print(f"{url}: {error}")
+    if not path.exists() or sha256(path) != expected:
+        raise UserError(f"{path} is missing, or not the public file of {size:,} bytes and SHA-256 "
+                        f"{expected}: delete it, fetch it with curl -L -C - --create-dirs -o "
+                        f"{path} {url}, then run the same command again.")
     return path
 
 
