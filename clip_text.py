@@ -14,18 +14,15 @@ The tower is a transformer with a causal mask. U-ViT and the paper condition on 
 the final layer norm, at all 77 positions; the CLIP score compares the pooled feature (at the end
 token, projected) with an image's. The shapes have a stand-in, small, random, never trained.
 
-Three parts: 1 tokenizer, 2 text tower, 3 weight files.
 [CLIP] arXiv 2103.00020; the merge table in assets/ is OpenAI's (MIT), as open_clip_torch ships it
 """
 import gzip
 import hashlib
 import html
-import itertools
 import pickle
 import zipfile
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import ftfy
 import regex
@@ -34,12 +31,10 @@ import torch.nn as nn
 
 from model import UserError, find_weights, load_strictly, read_weights, reading
 
-CONTEXT_LEN = 77            # L, tokens of a caption, start and end included
-VOCABULARY = 49408
+CONTEXT_LEN = 77    # L, tokens, start and end included
 START, END = 49406, 49407
-LONGEST = 2000              # characters of a caption: more than 77 tokens can hold
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
-MERGES = Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
+MERGES = Path(__file__).parent / "assets/bpe_simple_vocab_16e6.txt.gz"
 
 
 # ---- 1. tokenizer ----
@@ -64,50 +59,46 @@ def count_truncated(captions: list[str], length: int = CONTEXT_LEN) -> int:
 
 
 def encode(caption: str) -> list[int]:
-    """Token ids of a caption, without start and end; of a very long one, of its beginning."""
-    text = ftfy.fix_text(caption[:LONGEST])
-    text = html.unescape(html.unescape(text)).lower()           # &amp;lt; -> <, as OpenAI does
-    return [i for word in WORD.findall(text) for i in encode_word(word)]
+    """Token ids, without start and end, of 2,000 characters: more than 77 tokens can hold."""
+    text = html.unescape(html.unescape(ftfy.fix_text(caption[:2000])))
+    return sum(map(encode_word, WORD.findall(text.lower())), [])
 
 
 @cache
 def encode_word(word: str) -> list[int]:
-    """The token ids of one word: merge the pair of the lowest rank until none is in the table."""
+    """Token ids of one word: merge the pair of the lowest rank until none is in the table."""
     characters, ids, ranks = vocabulary()
     if word in SPECIAL:
         return [ids[word]]
     parts = [characters[byte] for byte in word.encode()]
     parts[-1] += "</w>"
-    while len(parts) > 1:
-        best = min(itertools.pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
-        if best not in ranks:
-            break
-        for i in range(len(parts)):             # merge all its occurrences, from left to right
+    while pairs := ranks.keys() & zip(parts, parts[1:]):
+        best = min(pairs, key=ranks.get)
+        for i in range(len(parts)):
             if tuple(parts[i:i + 2]) == best:
                 parts[i:i + 2] = ["".join(best)]
     return [ids[part] for part in parts]
 
 
 @cache
-def vocabulary() -> tuple[dict[int, str], dict[str, int], dict[tuple[str, str], int]]:
+def vocabulary() -> tuple[dict, dict, dict]:
     """(byte -> a printable character, token -> id, pair -> rank among the merges)."""
-    with reading(MERGES, "OpenAI's merge table, which comes with this repository"):
+    with reading(MERGES, "OpenAI's merge table"):
         lines = gzip.decompress(MERGES.read_bytes()).decode().split("\n")
-    merges = [tuple(line.split()) for line in lines[1:48_895]]      # 0 is a header
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {byte: chr(byte) for byte in printable}
-    characters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    tokens = [*characters.values(), *(character + "</w>" for character in characters.values())]
-    tokens += ["".join(pair) for pair in merges] + SPECIAL
-    ids = {token: i for i, token in enumerate(tokens)}
-    return characters, ids, {pair: i for i, pair in enumerate(merges)}
+    ranks = {tuple(line.split()): i for i, line in enumerate(lines[1:48_895])}
+    printable = [i for i in range(33, 256) if chr(i).isprintable()]
+    others = sorted(set(range(256)) - set(printable))
+    characters = dict(zip(printable + others, map(chr, [*printable, *range(256, 324)])))
+    tokens = list(characters.values())
+    tokens += [letter + "</w>" for letter in tokens]
+    tokens += ["".join(pair) for pair in ranks] + SPECIAL
+    return characters, {token: i for i, token in enumerate(tokens)}, ranks
 
 
 # ---- 2. text tower ----
 
 class CLIPBlock(nn.Module):
-    """The pre-norm transformer block of both towers, with OpenAI's parameter names."""
+    """The pre-norm block of both towers, with QuickGELU: the exact GELU gives other features."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -117,11 +108,11 @@ class CLIPBlock(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width),
                                   "c_proj": nn.Linear(4 * width, width)})
 
-    def forward(self, x, mask=None):            # (B, L, width), (L, L) or None
+    def forward(self, x, mask=None):    # (B, L, width), (L, L) or None
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
         y = self.mlp["c_fc"](self.ln_2(x))
-        y = y * torch.sigmoid(1.702 * y)        # QuickGELU: the exact GELU gives other features
+        y = y * torch.sigmoid(1.702 * y)
         return x + self.mlp["c_proj"](y)
 
 
@@ -140,7 +131,7 @@ class CLIPText(nn.Module):
     """The text tower. The paper's, of ViT-L/14: width 768, 12 layers, 12 heads, projection 768."""
 
     def __init__(self, width: int, layers: int, heads: int, projection: int,
-                 context_len: int = CONTEXT_LEN, vocabulary_size: int = VOCABULARY):
+                 context_len: int = CONTEXT_LEN, vocabulary_size: int = 49408):
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary_size, width)
         self.positional_embedding = nn.Parameter(torch.zeros(context_len, width))
@@ -148,147 +139,121 @@ class CLIPText(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, projection))
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, tokens: torch.Tensor) -> tuple:
         """Tokens (B, L) -> features (B, L, width) after the final norm, pooled (B, projection)."""
         L = tokens.shape[1]
-        x = self.token_embedding(tokens) + self.positional_embedding[:L]        # (B, L, width)
-        mask = x.new_full((L, L), float("-inf")).triu(1)        # no token sees a later one
-        x = self.ln_final(self.transformer(x, mask))
-        end = tokens.argmax(dim=-1)             # the first end token: it has the highest id
+        x = self.token_embedding(tokens) + self.positional_embedding[:L]
+        mask = x.new_full((L, L), -torch.inf).triu(1)   # no token sees a later one
+        x = self.ln_final(self.transformer(x, mask))    # (B, L, width)
+        end = tokens.argmax(dim=-1)     # the first end token: no id is higher
         return x, x[torch.arange(len(x)), end] @ self.text_projection
 
 
 @torch.no_grad()
-def encode_captions(tower: CLIPText, captions: list[str],
-                    length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_captions(tower: CLIPText, captions: list[str], length: int) -> tuple:
     """Captions -> features (B, length, E), pooled (B, projection), in float32."""
-    device = tower.positional_embedding.device
-    tokens = tokenize(captions, length).to(device)
-    with torch.autocast(device.type, enabled=False):
-        features, pooled = zip(*[tower(part) for part in tokens.split(64)])
-    return torch.cat(features), torch.cat(pooled)
+    tokens = tokenize(captions, length).to(tower.positional_embedding.device)
+    with torch.autocast(tokens.device.type, enabled=False):
+        parts = [tower(part) for part in tokens.split(64)]
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def random_clip_text(seed: int, context_len: int) -> CLIPText:
-    """A small text tower with random weights, a function of `seed`: the stand-in for the shapes.
-
-    Embeddings outweigh what the untrained blocks add: a feature still tells its word from others.
-    Uniform numbers of 24 bits, in a range of a power of two, are the same on every machine.
-    """
+    """The stand-in for the shapes: a small text tower with random weights, a function of `seed`."""
+    # Uniform numbers of 24 bits, in a range of a power of two, are the same on every machine
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):     # torch's layers draw from the global generator
-        tower = CLIPText(width=64, layers=2, heads=2, projection=64, context_len=context_len)
+    with torch.random.fork_rng(devices=[]):   # layers draw, too
+        tower = CLIPText(64, 2, 2, 64, context_len)
+    # Embeddings outweigh what the untrained blocks add: a feature still tells its word
     bounds = {"token_embedding.weight": 2, "positional_embedding": 1}
     for name, parameter in tower.named_parameters():
-        bound = bounds.get(name, 1 / 8)
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif parameter.ndim == 2:               # the weights of layer norms are 1
+        if parameter.ndim == 2:
+            bound = bounds.get(name, 1 / 8)
             nn.init.uniform_(parameter, -bound, bound, generator)
+        elif name.endswith("bias"):   # layer norms' weights are 1
+            nn.init.zeros_(parameter)
     return tower.eval().requires_grad_(False)
 
 
 # ---- 3. weight files ----
 
 CLIP_FILE = "CLIP's weights (OpenAI's ViT-L-14.pt, Hugging Face's .bin or .safetensors)"
-NOT_WEIGHTS = ("position_ids", "input_resolution", "context_length", "vocab_size", "logit_scale")
-RENAMED = {     # parts of Hugging Face's names -> OpenAI's, replaced in this order
-    "text_model.": "", "vision_model.": "visual.",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "embeddings.patch_embedding.": "conv1.", "embeddings.": "",
-    "encoder.layers.": "transformer.resblocks.", "self_attn.": "attn.",
-    "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.", "fc1.": "c_fc.", "fc2.": "c_proj.",
-    "final_layer_norm.": "ln_final.", "post_layernorm.": "ln_post.",
-    "pre_layrnorm.": "ln_pre.",                 # the typo is in the files
-    "text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj"}
+RENAMED = {     # Hugging Face's names -> OpenAI's, in this order
+    "text_model.": "", "vision_model.": "visual.", "embeddings.": "",
+    "position_embedding.weight": "positional_embedding", "patch_embedding": "conv1",
+    "encoder.layers": "transformer.resblocks", "self_attn": "attn",
+    "fc1": "c_fc", "fc2": "c_proj", "final_layer_norm": "ln_final", "layer_norm": "ln_",
+    "post_layernorm": "ln_post", "pre_layrnorm": "ln_pre",  # their typo
+    "_projection.weight": "_projection", "visual_projection": "visual.proj"}
 
 
 def load_clip_text(path: str | Path) -> CLIPText:
-    """The text tower of OpenAI's archive or Hugging Face's file, of any size, in float32.
-
-    A file of the text tower alone (Stable Diffusion's) has no projection: pooled is then (B, 0).
-    No file says which GELU it was trained with: another CLIP (LAION's) may load and be wrong.
-    """
+    """The text tower of OpenAI's archive or Hugging Face's file, of any size, in float32."""
+    # No file says which GELU it was trained with: another CLIP (LAION's) may load and be wrong
     state, sizes = read_tower(path, "text", ["token_embedding.weight", "positional_embedding"])
+    # That of Stable Diffusion has no projection: pooled is then (B, 0)
     state.setdefault("text_projection", torch.empty(sizes["width"], 0))
-    with reading(path, CLIP_FILE):
-        net = CLIPText(**sizes, projection=state["text_projection"].shape[1],
-                       context_len=len(state["positional_embedding"]),
-                       vocabulary_size=len(state["token_embedding.weight"]))
+    net = CLIPText(**sizes, projection=state["text_projection"].shape[-1],
+                   context_len=len(state["positional_embedding"]),
+                   vocabulary_size=len(state["token_embedding.weight"]))
     return load_strictly(net, state, path).eval().requires_grad_(False)
 
 
 def read_tower(path: str | Path, tower: str, needed: list[str]) -> tuple[dict, dict]:
-    """The weights of a CLIP file's "text" or "image" tower and its sizes, {width, layers, heads}.
-
-    The `needed` weights, off which sizes are read, are matrices (or more), or else UserError.
-    """
+    """The weights, by OpenAI's names, and sizes of a file's "text" or "image" tower; UserError."""
     with reading(path, CLIP_FILE):
-        weights = openai_names(read_openai_archive(path) or read_weights(path))
-        state = {name.removeprefix("visual."): tensor for name, tensor in weights.items()
-                 if name.startswith("visual.") == (tower == "image")}
-        for name in needed:
-            if name not in state or state[name].ndim < 2:
-                raise UserError(f"{path} holds no {tower} tower of CLIP: {name} is missing.")
+        weights = read_openai_archive(path) or read_weights(path)
+        state = {}
+        for name, tensor in weights.items():
+            if name.endswith("_projection.weight"):
+                tensor = tensor.T
+            for theirs, ours in RENAMED.items():
+                name = name.replace(theirs, ours)
+            is_weight = tensor.ndim and tensor.is_floating_point()
+            if is_weight and name.startswith("visual.") == (tower == "image"):
+                state[name.removeprefix("visual.")] = tensor
+        for query in [name for name in state if "q_proj" in name]:
+            parts = [state.pop(query.replace("q_", f"{x}_")) for x in "qkv"]
+            state[query.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+        if missing := [name for name in needed if name not in state]:
+            raise UserError(f"{path} holds no {tower} tower of CLIP: {missing[0]} is missing.")
         width = state["positional_embedding"].shape[1]
-        if width % 64:                          # the width of a head of CLIP
-            raise UserError(f"{path}: the {tower} tower's width {width} is no multiple of 64.")
-        layers = {key.split(".")[2] for key in state if key.startswith("transformer.")}
-    return state, {"width": width, "layers": len(layers), "heads": width // 64}
+        if width % 64:  # width of a head
+            raise UserError(f"the {tower} tower's width {width} is no multiple of 64.")
+        layers = {name.split(".")[2] for name in state if "resblocks" in name}
+    return state, dict(width=width, layers=len(layers), heads=width // 64)
 
 
-def openai_names(state: dict) -> dict:
-    """The weights of both towers of a CLIP file, Hugging Face's or OpenAI's, by OpenAI's names."""
-    named = {}
-    for key, tensor in state.items():
-        name = key
-        for theirs, ours in RENAMED.items():
-            name = name.replace(theirs, ours)
-        if name.split(".")[-1] not in NOT_WEIGHTS:
-            named[name] = tensor.T if key.endswith("_projection.weight") else tensor
-    for query in [name for name in named if "q_proj" in name]:
-        parts = [named.pop(query.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-        named[query.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-    return named
-
-
-def read_openai_archive(path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights in OpenAI's archive, a TorchScript program, of which nothing is run.
-
-    NAME/data.pkl is a tree of modules, NAME/data/KEY the bytes of a tensor. {} for other files.
-    """
-    def rebuild_tensor(storage, start, size, stride, *_):
-        return storage.as_strided(size, stride, start)
+def read_openai_archive(path: str | Path) -> dict:
+    """The weights in OpenAI's archive, a TorchScript program, none of which is run, or {}."""
+    class Module(dict):     # of tensors; data.pkl is a tree of these
+        def __setstate__(self, attributes):
+            for name, value in attributes.items():
+                if isinstance(value, torch.Tensor):
+                    self[name] = value
+                elif isinstance(value, Module):  # moved: no tree is endless
+                    self.update({f"{name}.{key}": value.pop(key) for key in list(value)})
 
     known = {"HalfStorage": torch.float16, "FloatStorage": torch.float32,
              "LongStorage": torch.int64, "OrderedDict": dict,
-             "_rebuild_tensor_v2": rebuild_tensor}
+             "_rebuild_tensor_v2": lambda storage, start, size, stride, *_:
+                 storage.as_strided(size, stride, start)}
 
-    class Reader(pickle._Unpickler):        # in Python: that in C can be made to fill the memory
+    class Reader(pickle._Unpickler):    # C's can be made to fill the memory
         def find_class(self, module, name):
-            if module.startswith("__torch__"):
-                return SimpleNamespace      # an object without behaviour
-            return known[name]              # a KeyError if it is not part of CLIP
+            return Module if module.startswith("__torch__") else known[name]
 
-        def persistent_load(self, reference):           # "storage", dtype, key, device, length
-            data = archive.read(f"{folder}/data/{reference[2]}")        # checks their CRC
-            return torch.frombuffer(bytearray(data), dtype=reference[1])
+        def persistent_load(self, reference):
+            _, dtype, key, *_ = reference
+            data = archive.read(f"{folder}/data/{key}")
+            return torch.frombuffer(bytearray(data), dtype=dtype)
 
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else [""]
-    folder = names[0].split("/")[0]
-    if f"{folder}/constants.pkl" not in names:
-        return {}
-    with zipfile.ZipFile(path) as archive:
-        modules = [("", Reader(archive.open(f"{folder}/data.pkl")).load())]
-    state = {}
-    for prefix, module in modules:                  # the list grows on the way
-        for name, value in vars(module).items():
-            if isinstance(value, SimpleNamespace):
-                modules.append((f"{prefix}{name}.", value))
-            elif isinstance(value, torch.Tensor):
-                state[prefix + name] = value
-        vars(module).clear()                        # a tree that contains itself has an end
-    return state
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            folder = archive.namelist()[0].split("/")[0]
+            if f"{folder}/constants.pkl" in archive.namelist():
+                return Reader(archive.open(f"{folder}/data.pkl")).load()
+    return {}
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -300,15 +265,11 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def load_text_tower(description: dict, folder: str | Path) -> CLIPText:
-    """The very text tower that a data cache or a checkpoint was made with, or UserError.
-
-    `description`, its meta["text_tower"], is {"kind": "random", "seed", "context_len", "sha256"},
-    which is drawn again, or {"kind": "clip", "file", "sha256"}, a file in `folder`.
-    """
+    """The tower that meta["text_tower"] describes, a file in `folder` or drawn again; UserError."""
     if description["kind"] == "clip":
         return load_clip_text(find_weights(description, folder, "the text tower"))
     tower = random_clip_text(description["seed"], description["context_len"])
     if weights_sha256(tower) != description["sha256"]:
-        raise UserError(f"torch {torch.__version__} draws other random numbers for the text tower "
-                        "than when the data was prepared: install that of requirements.txt.")
+        raise UserError(f"torch {torch.__version__} draws other random numbers than when the "
+                        "data was prepared: install requirements.txt.")
     return tower

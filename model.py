@@ -400,7 +400,7 @@ def reading(path: str | Path, expected: str):
 def writing(path: str | Path, mode: str = "wb"):
     """A file that appears whole, under its name, when the block ends, or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")     # that of a killed writer is overwritten
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -424,9 +424,10 @@ def one_writer(folder: str | Path, wait: bool = False):
     """
     path = Path(folder) / ".lock"
     path.touch()
+    claim = "PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE"     # a kill leaves no journal
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as lock:
         try:
-            lock.execute("BEGIN EXCLUSIVE")
+            lock.executescript(claim)
         except sqlite3.OperationalError:
             if not wait:
                 raise UserError(f"{folder} is being written by another process: wait until it "
@@ -435,7 +436,7 @@ def one_writer(folder: str | Path, wait: bool = False):
             while not lock.in_transaction:          # SQLite's own waiting ignores Ctrl-C
                 time.sleep(0.1)
                 with suppress(sqlite3.OperationalError):
-                    lock.execute("BEGIN EXCLUSIVE")
+                    lock.executescript(claim)
         yield
 
 

@@ -13,7 +13,6 @@ h = H/8, w = W/8, under its authors' (CompVis's) names. It isn't trained here: `
 public weights. `LinearAutoencoder` is the stand-in of the shapes, which needs no download: the
 principal components of 4x4 patches, C = 16, h = H/4, w = W/4.
 
-Four parts: 1 pixels, moments, latents, 2 KL autoencoder, 3 linear autoencoder, 4 loading.
 [LDM] arXiv 2112.10752
 """
 import re
@@ -26,8 +25,7 @@ import torch.nn.functional as F
 
 from model import UserError, find_weights, load_strictly, read_weights, reading
 
-CHUNK = 8           # images at a time: at 256x256 the KL decoder needs about 0.3 GB for each
-LATENT = 4          # C of the KL autoencoder
+CHUNK = 8   # images at a time: at 256x256 the KL decoder needs 0.3 GB for each
 
 
 # ---- 1. pixels, moments, latents ----
@@ -51,7 +49,7 @@ def sample_latent(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def in_chunks(network, x: torch.Tensor) -> torch.Tensor:
     """network(x) in float32, CHUNK images at a time; FloatingPointError if NaN comes out."""
-    with torch.autocast(x.device.type, enabled=False):  # in float16, pictures come out black
+    with torch.autocast(x.device.type, enabled=False):  # float16 gives black
         y = torch.cat([network(part.float()) for part in x.split(CHUNK)])
     if not y.isfinite().all():
         cause = "weights are bad" if x.isfinite().all() else "input has some"
@@ -62,7 +60,7 @@ def in_chunks(network, x: torch.Tensor) -> torch.Tensor:
 # ---- 2. KL autoencoder ----
 
 def group_norm(width):
-    return nn.GroupNorm(32, width, eps=1e-6)                    # torch's own eps is 1e-5
+    return nn.GroupNorm(32, width, eps=1e-6)    # torch's is 1e-5
 
 
 def conv(before, after):
@@ -76,12 +74,14 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = group_norm(before), conv(before, after)
         self.norm2, self.conv2 = group_norm(after), conv(after, after)
-        self.nin_shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        self.nin_shortcut = nn.Identity()
+        if before != after:
+            self.nin_shortcut = nn.Conv2d(before, after, 1)
 
-    def forward(self, x):                                       # (B, before, h, w)
+    def forward(self, x):               # (B, before, h, w)
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
-        return self.nin_shortcut(x) + y                         # (B, after, h, w)
+        return self.nin_shortcut(x) + y     # (B, after, h, w)
 
 
 class AttentionBlock(nn.Module):
@@ -92,12 +92,11 @@ class AttentionBlock(nn.Module):
         self.norm = group_norm(width)
         self.q, self.k, self.v, self.proj_out = [nn.Conv2d(width, width, 1) for _ in range(4)]
 
-    def forward(self, x):                                       # (B, width, h, w)
+    def forward(self, x):               # (B, width, h, w)
         y = self.norm(x)
-        q, k, v = [layer(y).flatten(2).transpose(1, 2)[:, None]     # (B, 1, h*w, width)
-                   for layer in (self.q, self.k, self.v)]
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0]       # (B, h*w, width)
-        return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
+        q, k, v = [layer(y).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v)]
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]   # (B, h*w, width)
+        return x + self.proj_out(y.mT.reshape(x.shape))
 
 
 def chain(**layers):
@@ -117,35 +116,31 @@ def middle(width):
 class KLAutoencoder(nn.Module):
     """The f8 autoencoder [LDM]. The defaults are the real one's: 83,653,863 parameters."""
 
-    def __init__(self, channels: int = 128, multipliers: tuple[int, ...] = (1, 2, 4, 4),
-                 blocks: int = 2):
+    def __init__(self, channels: int = 128, multipliers: tuple = (1, 2, 4, 4), blocks: int = 2):
         super().__init__()
         widths = [channels * multiplier for multiplier in multipliers]
         deepest = widths[-1]
-
         down, before = nn.Sequential(), channels
-        for i, width in enumerate(widths):      # level 0 is the picture's
-            level = chain(block=resnets(before, width, blocks))
-            if i < 3:                           # [LDM] pads only at the right and the bottom
-                level.downsample = chain(pad=nn.ZeroPad2d((0, 1, 0, 1)),
-                                         conv=nn.Conv2d(width, width, 3, stride=2))
-            down.append(level)
+        for i, width in enumerate(widths):  # level 0 is the picture's
+            down.append(chain(block=resnets(before, width, blocks)))
             before = width
+            if i < 3:       # [LDM] pads only at the right and the bottom
+                down[i].downsample = chain(pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                                           conv=nn.Conv2d(width, width, 3, stride=2))
         self.encoder = chain(conv_in=conv(3, channels), down=down, mid=middle(deepest),
                              norm_out=group_norm(deepest), silu=nn.SiLU(),
-                             conv_out=conv(deepest, 2 * LATENT))
-        self.quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1)
-
-        up, before = nn.Sequential(), deepest
-        for i in (3, 2, 1, 0):                  # the order in which they run
-            width = widths[i]
-            level = chain(block=resnets(before, width, blocks + 1))
+                             conv_out=conv(deepest, 8))
+        self.quant_conv = nn.Conv2d(8, 8, 1)
+        up = nn.Sequential()
+        for i in (3, 2, 1, 0):      # the order in which they run
+            level = chain(block=resnets(before, widths[i], blocks + 1))
+            before = widths[i]
             if i > 0:
-                level.upsample = chain(repeat=nn.Upsample(scale_factor=2), conv=conv(width, width))
+                level.upsample = chain(repeat=nn.Upsample(scale_factor=2),
+                                       conv=conv(before, before))
             up.add_module(str(i), level)
-            before = width
-        self.post_quant_conv = nn.Conv2d(LATENT, LATENT, 1)
-        self.decoder = chain(conv_in=conv(LATENT, deepest), mid=middle(deepest), up=up,
+        self.post_quant_conv = nn.Conv2d(4, 4, 1)
+        self.decoder = chain(conv_in=conv(4, deepest), mid=middle(deepest), up=up,
                              norm_out=group_norm(before), silu=nn.SiLU(),
                              conv_out=conv(before, 3))
 
@@ -170,99 +165,82 @@ class LinearAutoencoder(nn.Module):
     tell a circle from a square would be so small that noise hides them at nearly every step.
     """
 
-    PATCH, CHANNELS = 4, 16
-
     def __init__(self):
         super().__init__()
-        numbers = 3 * self.PATCH ** 2
-        self.register_buffer("mean", torch.zeros(numbers))
-        self.register_buffer("components", torch.zeros(self.CHANNELS, numbers))     # V^(-1/4) U
+        self.register_buffer("mean", torch.zeros(48))
+        self.register_buffer("components", torch.zeros(16, 48))     # V^(-1/4) U
 
     def fit(self, x: torch.Tensor) -> "LinearAutoencoder":
         """Principal components of the patches of x (M, 3, H, W) in [-1, 1]."""
-        patches = self.cut(x).flatten(0, 2).double()            # (M*h*w, 48)
+        patches = self.cut(x).flatten(0, 2).double()    # (M*h*w, 48)
         self.mean.copy_(patches.mean(0))
-        V, vectors = torch.linalg.eigh(patches.T.cov())         # in columns, ascending
-        U = vectors.T.flip(0)[:self.CHANNELS]
-        V = V.flip(0)[:self.CHANNELS, None].clamp(min=1e-6)     # there may be fewer
+        V, vectors = torch.linalg.eigh(patches.T.cov())     # in columns, ascending
+        U = vectors.T.flip(0)[:16]
+        V = V.flip(0)[:16, None].clamp(min=1e-6)    # there may be fewer
         largest = U.gather(1, U.abs().argmax(1, keepdim=True))
-        U *= largest.sign()                     # an eigenvector's sign is arbitrary: fix it
+        U *= largest.sign()      # the sign is arbitrary: fix it
         self.components.copy_(U * V ** -0.25)
         return self
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> patches (B, H/4, W/4, 48), each in the order (channel, row, column)."""
-        P = self.PATCH
-        return x.unfold(2, P, P).unfold(3, P, P).permute(0, 2, 3, 1, 4, 5).flatten(3)
+        return x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> moments (B, 32, H/4, W/4) with the least log-variance."""
-        def project(part):
-            z = (self.cut(part) - self.mean) @ self.components.T            # (B, h, w, 16)
-            mean = z.permute(0, 3, 1, 2)
-            return torch.cat([mean, torch.full_like(mean, -30)], dim=1)     # exp(-30): no noise
-        return in_chunks(project, x)
+        z = in_chunks(lambda part: (self.cut(part) - self.mean) @ self.components.T, x)
+        mean = z.permute(0, 3, 1, 2)    # (B, 16, h, w)
+        return torch.cat([mean, torch.full_like(mean, -30)], dim=1)     # no noise
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent (B, 16, h, w) -> (B, 3, 4h, 4w), about [-1, 1]."""
-        def expand(part):
-            inverse = self.components / self.components.square().sum(1, keepdim=True)
-            patches = part.permute(0, 2, 3, 1) @ inverse + self.mean        # (B, h, w, 48)
-            patches = patches.unflatten(3, (3, self.PATCH, self.PATCH))     # (B, h, w, 3, P, P)
-            return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        return in_chunks(expand, z)
+        inverse = self.components / self.components.square().sum(1, keepdim=True)
+        patches = in_chunks(lambda part: part.permute(0, 2, 3, 1) @ inverse + self.mean, z)
+        patches = patches.unflatten(3, (3, 4, 4))   # (B, h, w, 3, 4, 4)
+        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 # ---- 4. loading ----
 
 KL_FILE = "weights of an f8 KL autoencoder, by CompVis's or diffusers' names"
-COMPVIS = {                 # diffusers -> CompVis; old files say query, key, value, proj_attn
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+COMPVIS = {     # diffusers' names, old and new -> CompVis's
     r"mid_block\.resnets\.0": "mid.block_1",
     r"mid_block\.resnets\.1": "mid.block_2",
     r"mid_block\.attentions\.0": "mid.attn_1",
-    r"attn_1\.group_norm": "attn_1.norm",
     r"attn_1\.(to_)?(q|k|v)(uery|ey|alue)?\.": r"attn_1.\2.",
     r"attn_1\.(to_out\.0|proj_attn)": "attn_1.proj_out",
-    r"down_blocks": "down",
+    "group_norm": "norm",
+    "down_blocks": "down",
     r"(down|up)samplers\.0": r"\1sample",
-    r"resnets": "block",
-    r"conv_shortcut": "nin_shortcut",
-    r"conv_norm_out": "norm_out",
+    "resnets": "block",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
 }
-
-
-def rename_to_compvis(state: dict) -> dict:
-    """A state dict in either of diffusers' layouts -> CompVis's, in which it may be already."""
-    renamed = {}
-    for key, value in state.items():
-        # diffusers counts the decoder's levels in the order in which they run
-        key = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{3 - int(match[1])}", key)
-        for diffusers, compvis in COMPVIS.items():
-            key = re.sub(diffusers, compvis, key)
-        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", key):
-            value = value.reshape(value.shape + (1,) * (4 - value.ndim))    # to a 1x1 convolution
-        renamed[key] = value
-    return renamed
 
 
 def load_vae(path: str | Path) -> KLAutoencoder:
     """The KL autoencoder of a weight file, in float32 and evaluation mode, its size read off there.
 
     Its keys may be CompVis's or diffusers', bare, in a "state_dict", or in a Stable Diffusion.
-    The rest of that, and a discriminator (`loss.`), are left out. Raises UserError for other files.
     """
     with reading(path, KL_FILE):
-        state = read_weights(path)
-        state = state.get("state_dict", state)
-        first_keys = ", ".join(map(str, list(state)[:5]))
-        for prefix in ("first_stage_model.", "vae."):
-            inside = [key for key in state if key.startswith(prefix)]
-            state = {key.removeprefix(prefix): state[key] for key in inside or state}
-        state = {key: state[key] for key in state if not key.startswith("loss.")}
-        state = rename_to_compvis(state)
+        weights = read_weights(path)
+        weights = weights.get("state_dict", weights)
+        state = {}
+        for key, value in weights.items():
+            key = re.sub(r"^(first_stage_model|vae)\.", "", key)
+            # diffusers counts the decoder's levels in the order in which they run
+            key = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{3 - int(match[1])}", key)
+            for diffusers, compvis in COMPVIS.items():
+                key = re.sub(diffusers, compvis, key)
+            if re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", key):
+                value = value.reshape(*value.shape[:2], 1, 1)   # to a 1x1 convolution
+            if key.startswith(PARTS):
+                state[key] = value
         if "encoder.conv_in.weight" not in state:
-            raise UserError(f"{path} holds no KL autoencoder: expected {KL_FILE}; its first keys "
-                            f"are {first_keys}.")
+            raise UserError(f"{path} holds no KL autoencoder: expected {KL_FILE}; "
+                            f"its first keys are {', '.join(map(str, [*weights][:5]))}.")
         channels = len(state["encoder.conv_in.weight"])
         widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(4)]
         blocks = {key.split(".")[4] for key in state if key.startswith("encoder.down.0.block.")}
@@ -271,10 +249,7 @@ def load_vae(path: str | Path) -> KLAutoencoder:
 
 
 def load_autoencoder(description: dict, state: dict | None, folder: str | Path) -> nn.Module:
-    """The autoencoder that a cache or a checkpoint describes in meta["autoencoder"], or UserError.
-
-    {"kind": "linear"} is made of `state`, {"kind": "kl", "file", "sha256"} is a file in `folder`.
-    """
+    """That of a cache or checkpoint: {"kind": "linear"}, of `state`, or {"kind": "kl"}, a file."""
     if description["kind"] == "linear":
         return load_strictly(LinearAutoencoder(), state, "the stored state").eval()
     return load_vae(find_weights(description, folder, "the autoencoder"))

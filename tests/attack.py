@@ -264,7 +264,7 @@ def attack(kind: Kind, base: Path, folder: Path, rng: np.random.Generator):
         difference = (folder / "error").read_text()
     if difference:
         kind.failures.append(f"{kind.name}, killed at {history}: {difference} (see {folder})")
-        print(kind.failures[-1])
+        tqdm.write(kind.failures[-1])
     else:
         shutil.rmtree(folder)
 

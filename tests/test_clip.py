@@ -64,7 +64,7 @@ def hub_state(reference: CLIPModel) -> dict:
 def openai_state(reference: CLIPModel) -> dict:
     """The same weights as OpenAI's archive has them: its names, its float16, its three scalars.
 
-    Written apart from `openai_names`, the other way round: from OpenAI's name to the reference's.
+    Written apart from `read_tower`, the other way round: from OpenAI's name to the reference's.
     """
     theirs = reference.state_dict()
     text, vision = "text_model.embeddings.", "vision_model.embeddings."
