@@ -270,6 +270,6 @@ def load_text_tower(description: dict, folder: str | Path) -> CLIPText:
         return load_clip_text(find_weights(description, folder, "the text tower"))
     tower = random_clip_text(description["seed"], description["context_len"])
     if weights_sha256(tower) != description["sha256"]:
-        raise UserError(f"torch {torch.__version__} draws other random numbers than when the "
-                        "data was prepared: install requirements.txt.")
+        raise UserError("the random text tower is not the one that the data was prepared with: "
+                        f"torch {torch.__version__} draws other numbers; install requirements.txt.")
     return tower
