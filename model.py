@@ -1,4 +1,4 @@
-"""U-ViT, and the place where text enters it. What all scripts share follows at the end.
+"""U-ViT, and the place where text enters it. What all scripts share follows in sections 4 to 7.
 
 A U-ViT predicts the noise in a latent. It cuts the latent into N = (H/P)(W/P) patches, prepends one
 time token, and runs a stack of transformer blocks, in which block i also hands its tokens to block
@@ -21,8 +21,6 @@ How the text is let in does not depend on where, and uses the same blocks and th
 Neither the text blocks nor the text's keys and values depend on t or zt, so `encode_text` runs once
 per prompt and `denoise` once per step. Parameter names are those of the official U-ViT release.
 
-The method: 1 noise schedule, 2 layers, 3 the network. Shared by the scripts: 4 devices, 5 files,
-6 checkpoints, 7 command line.
 [IF] arXiv 2403.16530   [U-ViT] arXiv 2209.12152   [LDM] arXiv 2112.10752
 """
 import argparse
@@ -40,7 +38,7 @@ import sqlite3
 import sys
 import time
 import zipfile
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
@@ -53,9 +51,9 @@ from torch.utils.flop_counter import FlopCounterMode
 # Kinds of constants, with their least and greatest value; `Constants` checks them.
 Positive = Annotated[int, 1, 2 ** 31 - 1]
 Natural = Annotated[int, 0, 2 ** 31 - 1]
-Size = Annotated[int, 1, 2 ** 14]               # of a layer or a picture
+Size = Annotated[int, 1, 2 ** 14]  # of a layer or a picture
 Share = Annotated[float, 0, 1]
-FilePath = Annotated[str, "path"]               # may begin with ~
+FilePath = Annotated[str, "path"]  # may begin with ~
 
 
 # ---- 1. noise schedule ----
@@ -70,7 +68,7 @@ def noise_schedule() -> torch.Tensor:
 def add_noise(z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor,
               alpha_bar: torch.Tensor) -> torch.Tensor:
     """zt = sqrt(alpha_bar[t]) z0 + sqrt(1 - alpha_bar[t]) eps, (B, C, H, W), at t (B,)."""
-    a = alpha_bar[t][:, None, None, None]                               # (B, 1, 1, 1)
+    a = alpha_bar[t][:, None, None, None]  # (B, 1, 1, 1)
     return a.sqrt() * z0 + (1 - a).sqrt() * eps
 
 
@@ -79,14 +77,14 @@ def add_noise(z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor,
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Time steps (B,) in 1..1000 -> (B, dim), cosines then sines: the time token itself [U-ViT]."""
     k = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
-    frequency = torch.exp(-math.log(10000) / (dim // 2) * k)            # from 1 down to 1/10000
-    angle = t[:, None].float() * frequency                              # (B, dim/2)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)                # (B, dim)
+    frequency = torch.exp(-math.log(10000) / (dim // 2) * k)  # from 1 down to 1/10000
+    angle = t[:, None].float() * frequency  # (B, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)  # (B, dim)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v: (B, h, Q, d), (B, h, K, d), (B, h, K, d) -> (B, h, Q, d)."""
-    if q.device.type == "cpu":      # in bfloat16, 3 times faster than torch's fused one (backward)
+    if q.device.type == "cpu":  # in bfloat16, 3 times faster than torch's fused one (backward)
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -97,23 +95,23 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)              # rows: q, k, v
+        self.qkv = nn.Linear(width, 3 * width, bias=False)  # rows: q, k, v
         self.proj = nn.Linear(width, width)
 
-    def split_heads(self, x):                                           # (B, S, D)
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (B, h, S, D/h)
+    def split_heads(self, x):  # (B, S, D)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, h, S, D/h)
 
     def keys_values(self, x):
         """Keys and values alone, (B, S, 2D): the same rows of the same matrix."""
         return F.linear(x, self.qkv.weight[x.shape[-1]:])
 
-    def forward(self, x, text_kv=None):                                 # (B, S, D), (B, L, 2D)
+    def forward(self, x, text_kv=None):  # (B, S, D), (B, L, 2D)
         q, k, v = [self.split_heads(part) for part in self.qkv(x).chunk(3, dim=-1)]
         if text_kv is not None:
             text_k, text_v = [self.split_heads(part) for part in text_kv.chunk(2, dim=-1)]
-            k = torch.cat([k, text_k], dim=2)                           # (B, h, S+L, D/h)
+            k = torch.cat([k, text_k], dim=2)  # (B, h, S+L, D/h)
             v = torch.cat([v, text_v], dim=2)
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))     # (B, S, D)
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, S, D)
 
 
 class Mlp(nn.Module):
@@ -142,9 +140,9 @@ class Block(nn.Module):
         """Merge (B, S, D) with a skip (B, S', D) on the tokens of both, the first min(S, S')."""
         n = min(x.shape[1], skip.shape[1])
         merged = self.skip_linear(torch.cat([x[:, :n], skip[:, :n]], dim=-1))
-        return torch.cat([merged.to(x.dtype), x[:, n:]], dim=1)         # stays float32 in autocast
+        return torch.cat([merged.to(x.dtype), x[:, n:]], dim=1)  # stays float32 in autocast
 
-    def forward(self, x, text_kv=None):                                 # (B, S, D)
+    def forward(self, x, text_kv=None):  # (B, S, D)
         x = x + self.attn(self.norm1(x), text_kv)
         return x + self.mlp(self.norm2(x))
 
@@ -153,30 +151,29 @@ class Block(nn.Module):
 
 @dataclasses.dataclass
 class UViTConfig:
-    """What a UViT is made of; raises UserError where that is impossible."""
-    fusion: Literal["early", "intermediate"]                # where text meets the image
-    conditioning: Literal["concat", "cross_attention"]      # how
-    depth: Size = 13            # early: blocks in the stack, all of which see the text
-    n_image: Natural = 4        # intermediate: image-only blocks on each side
-    n_fuse: Size = 3            # intermediate: blocks that see the text, around the bottleneck
-    n_text: Natural = 4         # intermediate: text-only blocks before them
-    fuse_shift: int = 0         # intermediate: moves the window; 0 = centred on the bottleneck
-    image_size: Size = 32       # side of the latent, in its own pixels
-    channels: Size = 4          # of the latent
+    """What a UViT is made of, or UserError."""
+    fusion: Literal["early", "intermediate"]  # where text meets the image
+    conditioning: Literal["concat", "cross_attention"]  # how
+    depth: Size = 13  # early: blocks in the stack, all of which see the text
+    n_image: Natural = 4  # intermediate: image-only blocks on each side
+    n_fuse: Size = 3  # intermediate: blocks that see the text, around the bottleneck
+    n_text: Natural = 4  # intermediate: text-only blocks before them
+    fuse_shift: int = 0  # intermediate: moves the window; 0 = centred on the bottleneck
+    image_size: Size = 32  # side of the latent, in its own pixels
+    channels: Size = 4  # of the latent
     patch_size: Size = 2
     width: Size = 512
     heads: Size = 8
-    context_len: Size = 77      # L, text tokens
-    context_dim: Size = 768     # E, width of the text features
+    context_len: Size = 77  # L, text tokens
+    context_dim: Size = 768  # E, width of the text features
 
     def __post_init__(self):
         Constants.__post_init__(self)
         if self.blocks % 2 == 0:
-            name = "depth" if self.fusion == "early" else "n_fuse"
-            raise UserError(f"{name}={getattr(self, name)}: expected an odd number of blocks.")
-        if self.fusion == "intermediate" and abs(self.fuse_shift) > self.n_image:
-            raise UserError(f"fuse_shift={self.fuse_shift}: expected at most "
-                            f"n_image={self.n_image}, or the window would leave the stack.")
+            raise UserError(f"{self.blocks} blocks: expected an odd number (depth, or n_fuse).")
+        if self.window.start < 0 or self.window.stop > self.blocks:
+            raise UserError(f"fuse_shift={self.fuse_shift}: expected at most n_image="
+                            f"{self.n_image}, or the window would leave the stack.")
         if self.image_size % self.patch_size:
             raise UserError(f"patch_size={self.patch_size}: expected a divisor of the latent's "
                             f"side, {self.image_size}.")
@@ -185,20 +182,20 @@ class UViTConfig:
                             f"heads={self.heads}.")
 
     @property
-    def blocks(self) -> int:            # in the stack
+    def blocks(self) -> int:  # in the stack
         return self.depth if self.fusion == "early" else 2 * self.n_image + self.n_fuse
 
     @property
-    def window(self) -> range:          # the indices of the blocks that see the text
+    def window(self) -> range:  # the indices of the blocks that see the text
         first = self.n_image + self.fuse_shift
         return range(self.depth) if self.fusion == "early" else range(first, first + self.n_fuse)
 
     @property
-    def text_blocks(self) -> int:       # before the window
+    def text_blocks(self) -> int:  # before the window
         return 0 if self.fusion == "early" else self.n_text
 
     @property
-    def image_tokens(self) -> int:      # N
+    def image_tokens(self) -> int:  # N
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -212,7 +209,7 @@ class UViT(nn.Module):
         L, N, half = config.context_len, config.image_tokens, config.blocks // 2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(C, D, kernel_size=P, stride=P)})
         self.context_embed = nn.Linear(config.context_dim, D)
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + L + N, D))     # time, text, image
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + L + N, D))  # time, text, image
         self.text_blocks = nn.ModuleList(Block(D, h) for _ in range(config.text_blocks))
         self.in_blocks = nn.ModuleList(Block(D, h) for _ in range(half))
         self.mid_block = Block(D, h)
@@ -244,7 +241,7 @@ class UViT(nn.Module):
         Gives what `denoise` takes: for concat text tokens (B, L, D), for cross_attention the keys
         and values of each block in the window (B, n_fuse, L, 2D).
         """
-        text = self.context_embed(context) + self.positions()[1]        # (B, L, D)
+        text = self.context_embed(context) + self.positions()[1]  # (B, L, D)
         for block in self.text_blocks:
             text = block(text)
         if self.config.conditioning == "concat":
@@ -258,21 +255,21 @@ class UViT(nn.Module):
         zt (B, C, H, W), t (B,) in 1..1000, text -> predicted noise (B, C, H, W).
         """
         time_pos, _, image_pos = self.positions()
-        time = timestep_embedding(t, self.config.width)[:, None]        # (B, 1, D)
-        image = self.patch_embed["proj"](zt).flatten(2).mT              # (B, N, D)
-        x = torch.cat([time + time_pos, image + image_pos], dim=1)      # (B, 1+N, D)
+        time = timestep_embedding(t, self.config.width)[:, None]  # (B, 1, D)
+        image = self.patch_embed["proj"](zt).flatten(2).mT  # (B, N, D)
+        x = torch.cat([time + time_pos, image + image_pos], dim=1)  # (B, 1+N, D)
 
         skips, middle = [], len(self.in_blocks)
         for i, block in enumerate(self.in_blocks):
             x = self.fuse(i, block, x, text)
-            skips.append(x)                                             # for block depth-1-i
+            skips.append(x)  # for block depth-1-i
         x = self.fuse(middle, self.mid_block, x, text)
         for i, block in enumerate(self.out_blocks, start=middle + 1):
             x = block.merge(x, skips.pop())
             x = self.fuse(i, block, x, text)
 
-        x = self.decoder_pred(self.norm(x[:, 1:]))                      # (B, N, P*P*C)
-        return self.final_layer(self.unpatchify(x))                     # (B, C, H, W)
+        x = self.decoder_pred(self.norm(x[:, 1:]))  # (B, N, P*P*C)
+        return self.final_layer(self.unpatchify(x))  # (B, C, H, W)
 
     def fuse(self, i, block, x, text):
         """Block i of the stack on x (B, 1+N, D); inside the window it also sees the text."""
@@ -282,17 +279,17 @@ class UViT(nn.Module):
         if self.config.conditioning == "cross_attention":
             return block(x, text[:, i - window.start])
         if i == window.start:
-            x = torch.cat([x, text], dim=1)                             # (B, 1+N+L, D) text enters
+            x = torch.cat([x, text], dim=1)  # (B, 1+N+L, D) text enters
         x = block(x)
         if i == window.stop - 1:
-            x = x[:, :-text.shape[1]]                                   # (B, 1+N, D) text leaves
+            x = x[:, :-text.shape[1]]  # (B, 1+N, D) text leaves
         return x
 
     def unpatchify(self, x):
         """(B, N, P*P*C) -> (B, C, H, W); the order in a patch is row, column, channel [U-ViT]."""
         side, P = self.config.image_size // self.config.patch_size, self.config.patch_size
-        x = x.unflatten(2, (P, P, -1)).unflatten(1, (side, side))       # (B, H/P, W/P, P, P, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)     # (B, C, H, W)
+        x = x.unflatten(2, (P, P, -1)).unflatten(1, (side, side))  # (B, H/P, W/P, P, P, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B, C, H, W)
 
     def forward(self, zt: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """zt (B, C, H, W), t (B,) in 1..1000, context (B, L, E) -> predicted noise (B, C, H, W)."""
@@ -302,20 +299,19 @@ class UViT(nn.Module):
     def init_sincos_positions(self):
         """Start the image positions, still learned, as sines and cosines of row and column.
 
-        U-ViT: normal(0.02). Wavelengths from 4 patches to twice the side make neighbours alike and
-        others not: a short run then draws whole shapes, not fragments (tests/RESULTS.md).
+        A short run then draws whole shapes, not fragments (tests/RESULTS.md).
         """
         side, D = self.config.image_size // self.config.patch_size, self.config.width
         wavelength = torch.logspace(2, math.log2(2 * side), D // 4, base=2)
         angle = 2 * math.pi * torch.arange(side)[:, None] / wavelength  # (side, D/4)
-        wave = torch.cat([angle.sin(), angle.cos()], dim=1)             # (side, D/2)
-        rows, columns = wave.repeat_interleave(side, dim=0), wave.repeat(side, 1)   # (N, D/2)
-        self.positions()[2].copy_(torch.cat([rows, columns], dim=1))    # (1, N, D)
+        wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)
+        rows, columns = wave.repeat_interleave(side, dim=0), wave.repeat(side, 1)  # (N, D/2)
+        self.positions()[2].copy_(torch.cat([rows, columns], dim=1))  # (1, N, D)
 
 
 def count_multiply_adds(config: UViTConfig) -> tuple[int, int]:
     """Multiply-adds per image of (encode_text, denoise). One is two FLOPs; papers call it one."""
-    with torch.device("meta"):          # nothing is computed there, and torch counts attention too
+    with torch.device("meta"):  # nothing is computed there, and torch counts attention too
         net, t = UViT(config), torch.empty(1)
         zt = torch.empty(1, config.channels, config.image_size, config.image_size)
         context = torch.empty(1, config.context_len, config.context_dim)
@@ -329,7 +325,6 @@ def count_multiply_adds(config: UViTConfig) -> tuple[int, int]:
 # ---- 4. devices ----
 
 def choose_device() -> torch.device:
-    """The fastest device of this machine."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -343,33 +338,14 @@ def choose_precision(device: torch.device, name: str = "auto") -> torch.dtype:
         capability = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if capability >= (8, 0) else torch.float16
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16       # measured: 2 times faster with these instructions, else slower
+        return torch.bfloat16  # measured: 2 times faster with these instructions, else slower
     return torch.float32
 
 
 def autocast(device: torch.device, precision: torch.dtype | None = None):
     """Matrix products in `precision`; norms, softmax, residuals and weights stay float32."""
     precision = precision or choose_precision(device)
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
-
-
-def try_compile(function, mode: str, device: torch.device, work: float, warm_up):
-    """torch.compile(function), called once by `warm_up`, or `function` itself where that fails.
-
-    "auto" compiles on CUDA what will do `work` of 1e16 multiply-adds or more. That is a guess, not
-    yet measured: compiling takes a minute or more. A CPU gains 3% (measured) and does without.
-    """
-    if mode == "off" or mode == "auto" and (device.type != "cuda" or work < 1e16):
-        return function
-    fast = torch.compile(function)
-    try:
-        warm_up(fast)
-    except Exception as error:      # whatever goes wrong in a compiler must not cost the work
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        print(f"torch.compile failed and is off ({type(error).__name__}: {str(error):.200}).")
-        return function
-    return fast
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 # ---- 5. files ----
@@ -382,14 +358,13 @@ class UserError(ValueError):
 def reading(path: str | Path, expected: str):
     """The gate of a file: whatever is wrong inside leaves as one UserError that names it."""
     try:
-        if not Path(path).is_file():            # a pipe, for one, would wait for ever
-            what = "is not a file" if Path(path).exists() else "is missing"
+        if not Path(path).is_file():  # a pipe, for one, would wait for ever
+            what = "is no file" if Path(path).exists() else "is missing"
             raise UserError(f"{path} {what}: expected {expected}.")
         yield
     except UserError as error:
-        if str(path) in str(error):
-            raise
-        raise UserError(f"{path}: {error}") from None
+        known = str(path) in str(error)
+        raise error if known else UserError(f"{path}: {error}") from None
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path} can't be read as {expected}: it is damaged, incomplete or of "
@@ -400,13 +375,16 @@ def reading(path: str | Path, expected: str):
 def writing(path: str | Path, mode: str = "wb"):
     """A file that appears whole, under its name, when the block ends, or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")     # that of a killed writer is overwritten
+    temporary = path.with_name(f".{path.name}.tmp")  # that of a killed writer is overwritten
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk, for one
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -422,21 +400,17 @@ def one_writer(folder: str | Path, wait: bool = False):
 
     It is SQLite's lock of a file, which works on every system and dies with its process.
     """
-    path = Path(folder) / ".lock"
-    path.touch()
-    claim = "PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE"     # a kill leaves no journal
+    path = Path(folder, ".lock")
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as lock:
-        try:
-            lock.executescript(claim)
-        except sqlite3.OperationalError:
-            if not wait:
-                raise UserError(f"{folder} is being written by another process: wait until it "
-                                "has ended, or choose another name.") from None
-            print(f"{folder} is being written by another process; waiting until it has ended ...")
-            while not lock.in_transaction:          # SQLite's own waiting ignores Ctrl-C
-                time.sleep(0.1)
-                with suppress(sqlite3.OperationalError):
-                    lock.executescript(claim)
+        while not lock.in_transaction:
+            try:  # in memory: a kill leaves no journal
+                lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError:
+                if not wait:
+                    raise UserError(f"{folder} is being written by another process: wait until "
+                                    "it has ended, or choose another name.") from None
+                print(f"waiting for the other process that writes {folder} ...")
+                time.sleep(2)
         yield
 
 
@@ -447,19 +421,18 @@ def sha256(path: str | Path) -> str:
 
 def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, raw bytes."""
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "U8": torch.uint8,
-             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+             "U8": torch.uint8, "BOOL": torch.bool}
     data = bytearray(Path(path).read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
-    header, tensors = json.loads(data[8:start]), {}
+    header = json.loads(data[8:start])
     header.pop("__metadata__", None)
+    content, tensors = torch.frombuffer(data, dtype=torch.uint8)[start:], {}
     for name, entry in header.items():
-        begin, end = [start + offset for offset in entry["data_offsets"]]
-        if end > len(data):
-            raise EOFError(f"{name} ends after the file")
-        dtype = types[entry["dtype"]]
-        flat = torch.frombuffer(data[begin:end], dtype=dtype) if end > begin else torch.empty(0)
-        tensors[name] = flat.to(dtype).reshape(entry["shape"])
+        begin, end = entry["data_offsets"]
+        part = content[begin:end].clone().view(types[entry["dtype"]])
+        tensors[name] = part.reshape(entry["shape"])
     return tensors
 
 
@@ -467,27 +440,21 @@ def read_weights(path: str | Path) -> dict:
     """The dict in a torch or .safetensors file, told apart by content. Nothing in it can run."""
     with reading(path, "a file of weights (addresses of public ones: FILES in prepare_data.py)"):
         with open(path, "rb") as file:
-            start = file.read(512)
-        for sign, what in ((b"<", "HTML: the download went wrong; fetch it again"),
-                           (b"version https://git-lfs", "a git-LFS pointer: run git lfs pull")):
-            if start.lstrip().startswith(sign):
-                raise UserError(f"{path} is not weights but {what}.")
+            start = file.read(64)
         if start[8:9] == b"{":
             return read_safetensors(path)
+        if start.lstrip().startswith(b"<"):
+            raise UserError("this is HTML: the download went wrong; fetch it again.")
+        if start.startswith(b"version https://git-lfs"):
+            raise UserError("this is a git-LFS pointer: run git lfs pull.")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip():                               # compares checksums
-                    raise UserError(f"{path} is damaged: fetch or copy it again.")
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    raise UserError(f"{path} is a TorchScript program, which could do anything: "
-                                    "expected weights alone, as of torch.save(state_dict).")
+                if archive.testzip():  # compares checksums
+                    raise UserError("the file is damaged: fetch or copy it again.")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:                     # it advises to trust the file
-            if found := re.search(r"GLOBAL (\S+)", str(error)):
-                raise UserError(f"{path} holds a Python object ({found[1]}), which is never "
-                                "loaded: save its weights alone, by torch.save(state_dict).")
-            raise TypeError("torch.save did not write it")
+        except pickle.UnpicklingError:  # its message advises to trust the file
+            raise TypeError("not of torch.save(state_dict), or more than weights") from None
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}, not a dict")
         return state
@@ -497,14 +464,11 @@ def find_weights(description: dict, folder: str | Path, what: str) -> Path:
     """The weight file of `what` in `folder`, or UserError; a "sha256" of None is not checked."""
     path, expected = Path(folder, description["file"]), description.get("sha256")
     if not path.is_file():
-        path = Path(folder, path.name)          # if it was a full path, on another machine
-    needed = f"expected {what} that the data was encoded with, of SHA-256 {expected or 'unknown'}"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {needed} "
-                        "(addresses of public weights: FILES in prepare_data.py).")
-    if expected and sha256(path) != expected:
-        raise UserError(f"{path} has another SHA-256: {needed}; put that one there, or prepare "
-                        "the data again.")
+        path = Path(folder, path.name)  # if it was a full path, on another machine
+    if not path.is_file() or expected and sha256(path) != expected:
+        raise UserError(f"{path} is missing or has another SHA-256: expected {what} that the data "
+                        f"was encoded with, of SHA-256 {expected or 'unknown'} (addresses of "
+                        "public weights: FILES in prepare_data.py).")
     return path
 
 
@@ -534,8 +498,8 @@ def read_checkpoint(path: str | Path) -> dict:
         if "pos_embed" in state:
             return describe_official(state)
         if state.get("format") != CHECKPOINT_FORMAT:
-            raise UserError(f"{path} is not {expected}, or is one of another version of this code: "
-                            f"its first keys are {', '.join(map(str, list(state)[:5]))}.")
+            raise UserError(f"this is not {expected}, or is of another version of this code: "
+                            f"its first keys are {[*state][:5]}.")
         return state | {"uvit": UViTConfig(**state["uvit"])}
 
 
@@ -547,18 +511,17 @@ def describe_official(state: dict) -> dict:
     half = len({key.split(".")[1] for key in state if key.startswith("in_blocks.")})
     config = UViTConfig("early", "concat", depth=2 * half + 1, image_size=side, channels=C,
                         patch_size=P, width=D, heads=D // 64, context_len=L, context_dim=E)
-    meta = {"dataset": "coco", "image_size": 8 * side,      # files as prepare_data.py names them
+    meta = {"dataset": "coco", "image_size": 8 * side,  # files as prepare_data.py names them
             "autoencoder": {"kind": "kl", "file": "kl-f8.bin"},
             "text_tower": {"kind": "clip", "file": "clip-vit-large-patch14.bin"}}
     return {"uvit": config, "ema": state, "step": 1_000_000, "null_context": None, "meta": meta,
-            "autoencoder": {}, "latent_scale": 0.23010}     # its own sampler takes 0.18215, wrongly
+            "autoencoder": {}, "latent_scale": 0.23010}  # its own sampler takes 0.18215, wrongly
 
 
 def load_uvit(checkpoint: dict, weights: str, path: str | Path) -> UViT:
     """The network of `read_checkpoint`, in evaluation mode, with weights "ema" or "model" (raw)."""
-    if weights == "model" and weights not in checkpoint:
-        raise UserError(f"{path} holds no raw weights, only their moving average: "
-                        "leave out --raw=True.")
+    if weights not in checkpoint:
+        raise UserError(f"{path} has no raw weights, only their moving average: omit --raw.")
     net = load_strictly(UViT(checkpoint["uvit"]), checkpoint[weights], path)
     return net.eval().requires_grad_(False)
 
@@ -604,60 +567,52 @@ def convert(value, hint):
     return number
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (--help lists all constants).")
-
-
 def parse_arguments(Config: type, arguments: list[str]):
     """The dataclass `Config` with `--key=value` or `--key value` applied; raises UserError."""
-    parser = Parser(allow_abbrev=False, add_help=False)
-    for name, hint in get_type_hints(Config, include_extras=True).items():
-        alone = {"nargs": "?", "const": "True"} if hint is bool else {}     # --resume alone is True
-        parser.add_argument(f"--{name}", action="append", **alone)
+    def fail(message):
+        raise UserError(f"{message} (--help lists all constants).")
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = fail
+    hints = get_type_hints(Config, include_extras=True)
+    for name, hint in hints.items():
+        alone = {"nargs": "?", "const": True} if hint is bool else {}  # --resume alone is True
+        parser.add_argument(f"--{name}", **alone)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         key = unknown[0].partition("=")[0].strip("-")
 
-        def likeness(name):         # --lr is --learning_rate
+        def likeness(name):  # --lr is --learning_rate
             initials = "".join(word[:1] for word in name.split("_"))
             return key == initials, difflib.SequenceMatcher(None, key, name).ratio()
-        near = max(vars(given), key=likeness)
         raise UserError(f"{unknown[0]!r:.100} is not a constant of this script; did you mean "
-                        f"--{near}? (--help lists all)")
-    for name, texts in vars(given).items():
-        if texts and len(texts) > 1:
-            raise UserError(f"--{name} is given {len(texts)} times: leave only one of them.")
-    return Config(**{name: texts[0] for name, texts in vars(given).items() if texts})
-
-
-def describe(Config: type) -> str:
-    """The `--help` text of a Config: its own source, so each constant, its default, its comment."""
-    source = inspect.getsource(Config).partition(":\n")[2]
-    return re.sub(r"^    (\w+): .*? = ", r"    --\1=", source, flags=re.MULTILINE)
+                        f"--{max(hints, key=likeness)}? (--help lists all)")
+    return Config(**vars(given))
 
 
 def run(main, Config: type):
     """Run one script: parse its command line, call `main(config)`, answer a mistake in one line."""
-    for stream in (sys.stdout, sys.stderr):     # a log shows where a run is; any prompt is printed
+    for stream in (sys.stdout, sys.stderr):  # a log shows where a run is; any prompt is printed
         stream.reconfigure(line_buffering=True, errors="replace")
     try:
-        if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
-            print(inspect.getmodule(Config).__doc__.strip())
-            print("\nConstants (edit them in the file, or override with --key=value):\n")
-            return print(describe(Config))
+        if {"--help", "-h"} & {*sys.argv}:
+            source = inspect.getsource(Config).partition(":\n")[2]
+            constants = re.sub(r"^    (\w+): .*? = ", r"    --\1=", source, flags=re.MULTILINE)
+            return print(inspect.getmodule(Config).__doc__.strip(), "\n\nConstants (edit them in "
+                         "the file, or override with --key=value):\n\n" + constants)
         main(parse_arguments(Config, sys.argv[1:]))
     except UserError as error:
         sys.exit(" ".join(f"error: {error}".split()))
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except BrokenPipeError:                     # whoever read our output has gone, as `head` does
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
-        sys.exit(f"error: out of memory; a smaller batch or model needs less ({reason})")
-    except OSError as error:                    # of the disk, or of permissions
+        sys.exit("error: out of memory: halve --batch_size (and double --grad_accum of train.py, "
+                 f"which keeps the step the same), or take a smaller model ({reason})")
+    except OSError as error:  # of the disk, or of permissions
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}.")
 
 

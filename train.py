@@ -24,7 +24,6 @@ and then moved, so a crash never costs the one before.
 [U-ViT] arXiv 2209.12152   [CFG] arXiv 2207.12598
 """
 import copy
-import csv
 import io
 import itertools
 import math
@@ -52,7 +51,7 @@ import sample
 from model import (CHECKPOINT_FORMAT, Constants, FilePath, Natural, Positive, Share, Size,
                    UserError, UViT, UViTConfig, add_noise, autocast, choose_device,
                    choose_precision, command, count_multiply_adds, noise_schedule, one_writer,
-                   read_checkpoint, reading, run, try_compile, writing)
+                   read_checkpoint, reading, run, writing)
 from vae import load_autoencoder, sample_latent, to_uint8
 
 
@@ -108,7 +107,7 @@ class Config(Constants):
 
 def compute_loss(net, alpha_bar, precision, z0, eps, t, context) -> torch.Tensor:
     """Mean squared error of the noise, unweighted [U-ViT]; in float32 outside the network."""
-    zt = add_noise(z0, eps, t, alpha_bar)                           # (B, C, H, W)
+    zt = add_noise(z0, eps, t, alpha_bar)  # (B, C, H, W)
     with autocast(zt.device, precision):
         predicted = net(zt, t, context)
     return F.mse_loss(predicted.float(), eps)
@@ -147,18 +146,18 @@ def main(config: Config, draw=None):
                  "report": report}
         step = load_parts(parts, state, folder) if config.resume else 0
         print_facts(config, net, data, cache.meta, precision)
-        wrapped = wrap_network(net, config, device, lambda fast: compute_loss(
-            fast, alpha_bar, precision, *data.read(step)[0]).backward())
+        wrapped = wrap_network(net, config, device, lambda compiled: compute_loss(
+            compiled, alpha_bar, precision, *data.read(step)[0]).backward())
         optimizer.zero_grad()
         save = partial(save_checkpoint, folder, parts, config, cache)
-        save("last.pt", step)                               # tests that the disk is writable
+        save("last.pt", step)  # tests that the disk is writable
         report.start(step)
 
         for step, batches in data.stream(step + 1, config.steps):
             rate = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            for i, batch in enumerate(batches, start=1):    # their gradients add up
+            for i, batch in enumerate(batches, start=1):  # their gradients add up
                 synchronise = world == 1 or i == len(batches)
                 with nullcontext() if synchronise else wrapped.no_sync():
                     loss = compute_loss(wrapped, alpha_bar, precision, *batch)
@@ -166,7 +165,7 @@ def main(config: Config, draw=None):
                 report.losses.append(loss.detach())
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip or math.inf)
-            scaler.step(optimizer)                          # not if a gradient is not finite
+            scaler.step(optimizer)  # not if a gradient is not finite
             scaler.update(None if precision == torch.float16 else 1.0)
             optimizer.zero_grad()
             update_ema(ema, net, step, config)
@@ -177,15 +176,16 @@ def main(config: Config, draw=None):
             if validate or step % config.log_every == 0:
                 report.measure(step, rate)
                 if validate and report.judge(held_out.loss(net), held_out.loss(ema)):
-                    with report.aside("best.pt"):
+                    with optional("best.pt"):
                         save("best.pt", step)
                 report.write_log()
             if is_first() and (last or step % config.draw_every == 0):
-                with report.aside("the sample grid"):
+                with optional("the sample grid"):
                     draw(step, net, ema, folder)
+                report.restart_clock(step)
             if stopping or last or step % config.save_every == 0:
-                with report.aside():
-                    save("last.pt", step)
+                save("last.pt", step)
+                report.restart_clock(step)
             if stopping:
                 break
     finish(config, folder, step, cache, device, stop)
@@ -205,16 +205,16 @@ class Batches:
     def __init__(self, cache: prepare_data.Cache, config: Config, rank: int, world: int,
                  device: torch.device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
-        self.moments = torch.from_numpy(cache.train.moments)        # on disk until indexed
+        self.moments = torch.from_numpy(cache.train.moments)  # on disk until indexed
         self.text = torch.from_numpy(cache.text)
         self.scale, self.pictures = cache.meta["latent_scale"], len(cache.train.moments)
-        self.pairs = torch.from_numpy(cache.train.pairs)            # (K, 2): picture, text row
-        picture_of_pair = self.pairs[:, 0].contiguous()             # ascending
+        self.pairs = torch.from_numpy(cache.train.pairs)  # (K, 2): picture, text row
+        picture_of_pair = self.pairs[:, 0].contiguous()  # ascending
         self.first_pair = torch.searchsorted(picture_of_pair, torch.arange(self.pictures + 1))
 
     def choose(self, index: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(size,) pictures, each once per epoch, and the text row of a caption of each; 0: none."""
-        place = torch.arange(index * size, (index + 1) * size)      # in the order of all epochs
+        place = torch.arange(index * size, (index + 1) * size)  # in the order of all epochs
         epochs, pictures = place // self.pictures, torch.empty_like(place)
         for epoch in epochs.unique().tolist():
             order = torch.randperm(self.pictures, generator=seeded(self.config.seed, 0, epoch))
@@ -235,7 +235,7 @@ class Batches:
         size, share = config.batch_size * config.grad_accum, config.batch_size // self.world
         pictures, texts = self.choose(index, size)
         generator = seeded(config.seed, 2, index, device=device)
-        _, twice_channels, H, W = self.moments.shape                # mean and log variance
+        _, twice_channels, H, W = self.moments.shape  # mean and log variance
         shape = (2, size, twice_channels // 2, H, W)
         noise, eps = torch.randn(shape, generator=generator, device=device)
         u = torch.rand(size, generator=generator, device=device)
@@ -244,23 +244,18 @@ class Batches:
         for i in range(config.grad_accum):
             begin = i * config.batch_size + self.rank * share
             mine = slice(begin, begin + share)
-            moments = self.moments[pictures[mine]].to(device)       # (B, 2C, H, W)
-            context = self.text[texts[mine]].to(device).float()     # (B, L, E)
+            moments = self.moments[pictures[mine]].to(device)  # (B, 2C, H, W)
+            context = self.text[texts[mine]].to(device).float()  # (B, L, E)
             z0 = self.scale * sample_latent(moments, noise[mine])
             batches.append((z0, eps[mine], t[mine], context))
         return batches
 
     def stream(self, start: int, stop: int):
-        """(step, its batches) for start..stop; on CUDA, a thread reads one step ahead."""
-        if self.device.type != "cuda":          # on a CPU it would only get in the way
+        """(step, its batches) for start..stop; a thread reads one step ahead."""
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self.read, start - 1)
             for step in range(start, stop + 1):
-                yield step, self.read(step - 1)
-            return
-        set_device = torch.cuda.set_device      # each thread has a current device of its own
-        with ThreadPoolExecutor(1, "batches", set_device, (self.device,)) as reader:
-            pending = reader.submit(self.read, start - 1)
-            for step in range(start, stop + 1):
-                batches, pending = pending.result(), reader.submit(self.read, step)
+                batches, ahead = ahead.result(), reader.submit(self.read, step)
                 yield step, batches
 
 
@@ -270,12 +265,12 @@ class HeldOut:
     def __init__(self, cache: prepare_data.Cache, config: Config, alpha_bar, precision):
         self.alpha_bar, self.precision = alpha_bar, precision
         pairs = torch.from_numpy(cache.val.pairs)[:config.validation_images]
-        pairs = pairs.repeat(math.ceil(100 / len(pairs)), 1)        # few pictures: at more t each
-        self.size = len(pairs)                                      # (size, 2): picture, text row
+        pairs = pairs.repeat(math.ceil(100 / len(pairs)), 1)  # few pictures: at more t each
+        self.size = len(pairs)  # (size, 2): picture, text row
         generator = torch.Generator().manual_seed(0)
         moments = torch.from_numpy(cache.val.moments[pairs[:, 0].numpy()])
         shape = (2, self.size, *cache.meta["latent_shape"])
-        noise, eps = torch.randn(shape, generator=generator)        # (size, C, H, W) each
+        noise, eps = torch.randn(shape, generator=generator)  # (size, C, H, W) each
         z0 = cache.meta["latent_scale"] * sample_latent(moments, noise)
         order = torch.randperm(self.size, generator=generator)
         t = torch.linspace(1, 1000, self.size).long()[order]
@@ -308,7 +303,6 @@ def print0(text: str):
 
 def start_processes(config: Config) -> tuple[int, int, torch.device]:
     """(rank, processes, device): one process, or one per GPU under torchrun (on CPUs with gloo)."""
-    describe_uvit(config, image_size=config.patch_size, channels=1, context_len=1, context_dim=1)
     world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     if config.batch_size % world:
         raise UserError(f"--batch_size={config.batch_size}: expected a multiple of the {world} "
@@ -326,7 +320,7 @@ def any_process(stop: list) -> bool:
     """Whether one of the processes is asked to stop: all leave together."""
     asked = torch.tensor(float(bool(stop)))
     if dist.is_initialized():
-        dist.all_reduce(asked)                                      # on the CPU
+        dist.all_reduce(asked)  # on the CPU
     return bool(asked)
 
 
@@ -368,15 +362,25 @@ def start_network(config: Config, uvit: UViTConfig, device, precision):
     return net, ema, optimizer, torch.amp.GradScaler(device.type, init_scale=scale)
 
 
-def wrap_network(net: UViT, config: Config, device, first_step):
-    """The network, compiled where that pays, and shared by all processes."""
+def wrap_network(net: UViT, config: Config, device: torch.device, warm_up):
+    """The network, compiled where that pays, and shared by all processes.
+
+    "auto" compiles on CUDA what does 1e16 multiply-adds or more: a guess, not yet measured.
+    Compiling takes a minute or more. A CPU gains 3% (measured) and does without.
+    """
     images = config.steps * config.batch_size * config.grad_accum
-    work = 3 * images * sum(count_multiply_adds(net.config))        # forward and backward
-    wrapped = try_compile(net, config.compile, device, work, first_step)
+    work = 3 * images * sum(count_multiply_adds(net.config))  # forward and backward
+    pays = device.type == "cuda" and work >= 1e16
+    if config.compile == "on" or config.compile == "auto" and pays:
+        compiled = torch.compile(net)
+        try:
+            warm_up(compiled)
+            net = compiled
+        except Exception as error:  # whatever goes wrong in a compiler must not cost the run
+            print0(f"torch.compile failed and is off ({type(error).__name__}: {error!s:.200}).")
     if dist.is_initialized():
-        gpus = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(wrapped, gpus)
-    return wrapped
+        net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
+    return net
 
 
 # ---- 5. reports ----
@@ -384,17 +388,25 @@ def wrap_network(net: UViT, config: Config, device, first_step):
 def print_facts(config: Config, net: UViT, data: Batches, meta: dict, precision: torch.dtype):
     uvit, giga = net.config, sum(count_multiply_adds(net.config)) / 1e9
     parameters = sum(p.numel() for p in net.parameters())
-    size, cuda = config.batch_size * config.grad_accum, data.device.type == "cuda"
+    size, window = config.batch_size * config.grad_accum, uvit.window
+    cuda = data.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else data.device.type
     print0(f"{uvit.fusion} fusion by {uvit.conditioning}: {uvit.blocks} blocks, text in "
-           f"{uvit.window.start} to {uvit.window.stop - 1}, {uvit.text_blocks} text blocks; "
-           f"{parameters:,} parameters, {giga:.3f} G multiply-adds = {2 * giga:.3f} GFLOPs "
-           "per image")
-    print0(f"{data.pictures:,} pictures, {len(data.pairs):,} captions, {config.steps:,} steps of "
+           f"{window[0]} to {window[-1]}, {uvit.text_blocks} text blocks; {parameters:,} "
+           f"parameters, {giga:.3f} G multiply-adds = {2 * giga:.3f} GFLOPs per image\n"
+           f"{data.pictures:,} pictures, {len(data.pairs):,} captions; {config.steps:,} steps of "
            f"{size} = {config.steps * size / data.pictures:.3g} epochs; {data.world} x {device}, "
-           f"{precision}")
-    print0(f"text tower: {meta['text_tower']['about']}; autoencoder: "
-           f"{meta['autoencoder']['about']}")
+           f"{precision}\ntext tower: {meta['text_tower']['about']}; "
+           f"autoencoder: {meta['autoencoder']['about']}")
+
+
+@contextmanager
+def optional(what: str):
+    """Only the last checkpoint may stop a run: `what` fails with a word, and training continues."""
+    try:
+        yield
+    except (OSError, RuntimeError, UserError, FloatingPointError) as error:
+        print0(f"{what} is not written ({error}); training continues.")
 
 
 class Report:
@@ -404,96 +416,74 @@ class Report:
 
     def __init__(self, config: Config, folder: Path, device: torch.device):
         self.config, self.folder, self.device = config, folder, device
-        self.best, self.rises, self.skipped = math.inf, 0, 0
-        self.began = time.perf_counter()
-        self.losses, self.norms, self.line = [], [], None       # since the last measurement
+        self.best, self.skipped, self.began = math.inf, 0, time.perf_counter()
+        self.losses, self.norms, self.line = [], [], {}  # since the last measurement
 
     def state_dict(self) -> dict:
-        return {"best": self.best, "rises": self.rises, "skipped": self.skipped,
-                "seconds": time.perf_counter() - self.began}
+        seconds = time.perf_counter() - self.began
+        return {"best": self.best, "skipped": self.skipped, "seconds": seconds}
 
     def load_state_dict(self, state: dict):
-        self.best, self.rises, self.skipped = state["best"], state["rises"], state["skipped"]
+        self.best, self.skipped = state["best"], state["skipped"]
         self.began -= state["seconds"]
 
     def start(self, step: int):
         """Start the clock and log.csv; of a resumed run, keep the lines up to this step."""
+        path, lines = self.folder / "log.csv", [",".join(self.COLUMNS)]
+        if is_first():
+            if path.exists():
+                for line in path.read_text("utf-8", "replace").splitlines():
+                    number = line.split(",")[0]
+                    if number.isdigit() and int(number) <= step:
+                        lines.append(line)
+            with writing(path, "w") as file:
+                file.writelines(line + "\n" for line in lines)
+        self.restart_clock(step)
+
+    def restart_clock(self, step: int):
+        """Drawing and saving are not training time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         self.step, self.clock = step, time.perf_counter()
-        path, lines = self.folder / "log.csv", []
-        if not is_first():
-            return
-        if path.exists():
-            with open(path, newline="", errors="replace") as file:
-                lines = [line for line in file if line.endswith("\n")]  # the last may be cut short
-        with writing(path, "w") as file:
-            writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            for line in csv.DictReader(lines):
-                if (line.get("step") or "").isdigit() and int(line["step"]) <= step:
-                    writer.writerow(line)
 
     def measure(self, step: int, rate: float):
-        """A line for log.csv, printed too; loss and speed are means since the last one."""
+        """A line for log.csv, printed too; the loss is a mean over the steps since the last one."""
         losses, finite = torch.stack(self.losses), torch.stack(self.norms).isfinite()
         if dist.is_initialized():
             dist.all_reduce(losses)
             losses /= dist.get_world_size()
-        loss = losses[losses.isfinite()].mean().item()          # waits for the device
+        loss = losses[losses.isfinite()].mean().item()  # waits for the device
         now, config = time.perf_counter(), self.config
         size = config.batch_size * config.grad_accum
         speed = (step - self.step) * size / (now - self.clock)
-        self.skipped += int((~finite[self.step - step:]).sum())
+        self.skipped += (~finite).sum().item()
         left = timedelta(seconds=round((config.steps - step) * size / speed))
         skipped = f"  ({self.skipped} skipped: not finite)" if self.skipped else ""
         print0(f"step {step:,}/{config.steps:,}  loss {loss:.4f}  {speed:,.0f} images/s  "
                f"{left} left{skipped}")
-        if len(finite) >= 10 and not finite[-10:].any():
-            raise UserError("Ten steps in a row were not finite; the weights in "
-                            f"{self.folder / 'last.pt'} are sound. Resume with a lower rate: "
-                            + command("train.py", config, resume=True,
-                                      learning_rate=config.learning_rate / 3))
-        self.line = {"step": step, "seconds": now - self.began, "loss": loss,
-                     "learning_rate": rate, "grad_norm": self.norms[-1].item(),
-                     "images_per_second": speed, "skipped": self.skipped}
-        self.losses, self.norms, self.step, self.clock = [], self.norms[-10:], step, now
+        if not finite.any() and self.skipped >= 10:
+            again = command("train.py", config, resume=True,
+                            learning_rate=config.learning_rate / 3)
+            raise UserError("No step is finite any more. Resume the last checkpoint with a lower "
+                            f"rate: {again}")
+        values = [step, now - self.began, loss, rate, self.norms[-1].item(), speed, self.skipped]
+        self.line = dict(zip(self.COLUMNS, values))
+        self.losses, self.norms = [], []
 
     def judge(self, raw: float, ema: float) -> bool:
         """Note the held-out losses; True if that of the EMA is the lowest so far."""
         print0(f"           held-out loss {raw:.4f}, of the EMA {ema:.4f}")
         self.line |= {"held_out_raw": raw, "held_out_ema": ema}
-        self.rises = self.rises + 1 if ema > self.best else 0
-        if self.rises == 5:
-            print0("           it has not fallen for five checks: the model overfits; "
-                   f"{self.folder / 'best.pt'} is the one to use.")
         lowest = ema < self.best
         self.best = min(ema, self.best)
         return lowest
 
     def write_log(self):
-        """Append the line of this step, and start the clock again."""
-        line = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in self.line.items()}
-        path = self.folder / "log.csv"
+        cells = [f"{self.line[key]:.6g}" if key in self.line else "" for key in self.COLUMNS]
         if is_first():
-            with self.aside("log.csv"), open(path, "a", newline="") as file:
-                csv.DictWriter(file, self.COLUMNS).writerow(line)
-        self.clock = time.perf_counter()
-
-    @contextmanager
-    def aside(self, optional: str = ""):
-        """What happens inside is not training time, and if it is optional it may fail.
-
-        Only the last checkpoint may stop a run.
-        """
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        try:
-            yield
-        except (OSError, UserError, RuntimeError, FloatingPointError) as error:
-            if not optional:
-                raise
-            print0(f"{optional} is not written ({error}); training continues.")
-        self.clock += time.perf_counter() - began
+            with optional("log.csv"), open(self.folder / "log.csv", "a") as file:
+                print(*cells, sep=",", file=file)
+        self.restart_clock(int(self.line["step"]))
 
 
 class SampleGrid:
@@ -503,24 +493,23 @@ class SampleGrid:
         self.config, self.scale = config, cache.meta["latent_scale"]
         texts = list(dict.fromkeys(cache.val.pairs[:, 1].tolist()))[:8]
         self.captions = [cache.captions[i] for i in texts]
-        self.context = torch.from_numpy(cache.text[texts]).float().to(device)
-        self.null_context = torch.from_numpy(cache.text[0]).float().to(device)
+        context = torch.from_numpy(cache.text[[0, *texts]]).float().to(device)
+        self.null_context, self.context = context[0], context[1:]
         self.autoencoder = load_autoencoder(cache.meta["autoencoder"], cache.autoencoder,
                                             config.weights).to(device)
 
     def draw(self, step: int, net: UViT, ema: UViT, folder: Path):
-        captions, prompts, grid = self.captions, torch.arange(len(self.captions)), []
-        for x in (net, ema):
-            z = sample.sample_latents(x, self.context, prompts, self.null_context,
-                                      prompts.tolist(), self.config.sample_steps,
-                                      self.config.guidance_scale)
-            grid.append(to_uint8(self.autoencoder.decode(z / self.scale)).cpu())
-        labels = [f"raw: {caption}" for caption in captions]
-        labels += [f"EMA: {caption}" for caption in captions]
+        count, pictures, labels = len(self.captions), [], []
+        for name, weights in ("raw", net), ("EMA", ema):
+            z = sample.sample_latents(weights, self.context, torch.arange(count),
+                                      self.null_context, list(range(count)),
+                                      self.config.sample_steps, self.config.guidance_scale)
+            pictures.append(to_uint8(self.autoencoder.decode(z / self.scale)).cpu())
+            labels += [f"{name}: {caption}" for caption in self.captions]
         path = folder / "samples" / f"step_{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         with writing(path) as file:
-            sample.draw_grid(torch.cat(grid), labels, columns=len(captions)).save(file, "PNG")
+            sample.draw_grid(torch.cat(pictures), labels, columns=count).save(file, "PNG")
 
 
 # ---- 6. the run and its files ----
@@ -530,10 +519,10 @@ def open_run(config: Config, uvit: UViTConfig, meta: dict, rank: int):
     """Yields (config, folder, state, stop): a new run's, or those of the run to resume.
 
     `state` is its checkpoint. `stop` is a list that the first Ctrl-C, SIGTERM or closed terminal
-    fills; the second ends the run at once. Out of memory is answered with what needs less.
+    fills; the second ends the run at once.
     """
-    folder, stop, state = Path("out") / config.name, [], None
-    if not folder.is_relative_to("out") or ".." in folder.parts or folder == Path("out"):
+    folder, stop, state = Path("out", config.name), [], None
+    if folder == Path("out") or not folder.is_relative_to("out") or ".." in folder.parts:
         raise UserError(f"--name={config.name}: expected a folder below out/, such as shapes.")
     if config.resume and not folder.is_dir():
         raise UserError(f"{folder} is missing: --name says which run in out/ to resume.")
@@ -550,14 +539,7 @@ def open_run(config: Config, uvit: UViTConfig, meta: dict, rank: int):
     with one_writer(folder) if rank == 0 else nullcontext(), on_signals(ask):
         if config.resume:
             state = read_run(folder / "last.pt", config, uvit, meta)
-        try:
-            yield config, folder, state, stop
-        except torch.OutOfMemoryError:
-            smaller = command("train.py", config, batch_size=max(1, config.batch_size // 2),
-                                   grad_accum=2 * config.grad_accum,
-                                   resume=(folder / "last.pt").exists())
-            raise UserError(f"Out of memory at batch_size={config.batch_size}: try {smaller} "
-                            "(the same effective batch), or a smaller model.") from None
+        yield config, folder, state, stop
 
 
 @contextmanager
@@ -565,7 +547,7 @@ def on_signals(handler):
     """Call `handler` on Ctrl-C, SIGTERM and a closed terminal, unless they are ignored (nohup)."""
     before = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)                    # Windows has no SIGHUP
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handler)
     try:
@@ -581,39 +563,37 @@ def read_run(path: Path, config: Config, uvit: UViTConfig, meta: dict) -> dict:
     with reading(path, "a run of train.py to resume"):
         then = Config(**state["config"])
     changed = [key for key in vars(config) if getattr(then, key) != getattr(config, key)]
-    refused = prepare_data.same_data(state["meta"], meta)
+    other = prepare_data.same_data(state["meta"], meta)
     if state["uvit"] != uvit:
-        refused = "another architecture"
+        other = "architecture"
     for key in ("seed", "init_std", "sincos_positions", "validation_images"):
-        if key in changed:                                      # they act before the first step
-            refused = f"{key}={getattr(then, key)}"
-    if refused:
-        raise UserError(f"{path} was trained with {refused}, not with what this command says; its "
-                        f"own command is: {command('train.py', then, resume=True)}")
+        if key in changed:  # they act before the first step
+            other = key
+    if other:
+        raise UserError(f"{path} was trained with another {other}; its own command is: "
+                        f"{command('train.py', then, resume=True)}")
     if state["step"] >= config.steps:
         raise UserError(f"{path} is at step {state['step']:,} already: raise "
                         f"--steps={config.steps} to train longer.")
-    print0(f"resuming from step {state['step']:,}")
     for key in changed:
-        if key != "resume":
-            print0(f"  {key} was {getattr(then, key)} and is now {getattr(config, key)}")
+        print0(f"{key} was {getattr(then, key)} and is now {getattr(config, key)}")
     return state
 
 
 def load_parts(parts: dict, state: dict, folder: Path) -> int:
     """Load what a checkpoint holds into the parts of a run; gives the step it was saved at."""
+    group = parts["optimizer"].param_groups[0]
+    constants = {key: group[key] for key in ("betas", "weight_decay")}  # may have changed since
     with reading(folder / "last.pt", "a run of train.py to resume"):
-        group = dict(parts["optimizer"].param_groups[0])        # constants may have changed since
         for name, part in parts.items():
             if name != "scaler" or part.get_scale() > 1 and state["scaler"]["scale"] > 1:
                 part.load_state_dict(state[name])
-        for key in ("betas", "weight_decay"):
-            parts["optimizer"].param_groups[0][key] = group[key]
+        parts["optimizer"].param_groups[0].update(constants)
         return state["step"]
 
 
 def save_checkpoint(folder: Path, parts: dict, config: Config, cache, name: str, step: int):
-    """Whole or not at all: whatever happens, the checkpoint before stays. UserError if it fails."""
+    """Whole or not at all: whatever happens, the checkpoint before stays."""
     if not is_first():
         return
     checkpoint = {"format": CHECKPOINT_FORMAT, "step": step}
@@ -622,18 +602,10 @@ def save_checkpoint(folder: Path, parts: dict, config: Config, cache, name: str,
                    "meta": cache.meta, "latent_scale": cache.meta["latent_scale"],
                    "autoencoder": cache.autoencoder,
                    "null_context": torch.from_numpy(cache.text[0])}
-    for key in ("model", "ema"):
-        if not all(x.isfinite().all() for x in checkpoint[key].values()):
-            raise UserError(f"Weights are not finite at step {step}, and are not saved: resume "
-                            f"{folder / 'last.pt'} with a lower rate.")
-    content = io.BytesIO()      # torch.save would hide why a file can't be written
+    content = io.BytesIO()  # torch.save would hide why a file can't be written
     torch.save(checkpoint, content)
-    try:
-        with writing(folder / name) as file:
-            file.write(content.getbuffer())
-    except OSError as error:
-        raise UserError(f"{folder / name} could not be written ({error.strerror}); what was there "
-                        "before is whole. Mend that, then add --resume.") from None
+    with writing(folder / name) as file:
+        file.write(content.getbuffer())
 
 
 def finish(config: Config, folder: Path, step: int, cache: prepare_data.Cache, device, stop: list):
@@ -645,20 +617,14 @@ def finish(config: Config, folder: Path, step: int, cache: prepare_data.Cache, d
     if step < config.steps:
         again = command("train.py", config, resume=True)
         return print0(f"Stopped at step {step:,}; resume with: {again}")
-    import evaluate     # here: whoever reads the method need not have read it
+    import evaluate  # here: whoever reads the method need not have read it
     shared = {"checkpoint": str(folder / "last.pt"), "weights": config.weights,
               "guidance_scale": config.guidance_scale}
     scoring = evaluate.Config(**shared, data=config.data, steps=config.sample_steps)
     drawing = sample.Config(**shared, prompt=cache.captions[cache.val.pairs[0, 1]])
-    if config.score and cache.meta["dataset"] == "shapes":
-        try:
-            with on_signals(signal.default_int_handler):
-                if stop:
-                    raise KeyboardInterrupt
-                evaluate.main(scoring)
-        except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
-            print0(f"The run is whole and saved, but not scored ({type(error).__name__}). "
-                   f"Score it with:\n  {command('evaluate.py', scoring)}")
+    print0(f"The run is whole and saved. Score it with:\n  {command('evaluate.py', scoring)}")
+    if config.score and cache.meta["dataset"] == "shapes" and not stop:
+        evaluate.main(scoring)
     print0(f"Look at {folder / 'samples'}; then draw with:\n  {command('sample.py', drawing)}")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import io
 import runpy
 import shlex
 import subprocess
@@ -11,12 +12,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies
 
-from model import (Constants, FilePath, Natural, Positive, Share, UserError, command, describe,
+from model import (Constants, FilePath, Natural, Positive, Share, UserError, command,
                    parse_arguments, run)
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +50,15 @@ def answer(monkeypatch, capsys, *arguments, main=lambda config: print(config)):
         status, message = (1, f"{stop.code}\n") if isinstance(stop.code, str) else (stop.code, "")
     out, err = capsys.readouterr()
     return status, out, err + message
+
+
+def describe(Config) -> str:
+    """The constants that --help prints."""
+    with patch("sys.argv", ["script.py", "--help"]), \
+            patch("sys.stdout", io.TextIOWrapper(io.BytesIO())) as stdout:
+        run(None, Config)
+        stdout.seek(0)
+        return stdout.read().rpartition("--key=value):\n\n")[2].rstrip()
 
 
 # ---- what is accepted ----
@@ -137,13 +148,15 @@ def test_python_values_of_another_kind_are_refused(name, value):
     (["--"], "'--' is not a constant"), ([""], "'' is not a constant"),
     (["--prompt"], "argument --prompt: expected one argument"),
     (["--prompt", "--steps=3"], "argument --prompt: expected one argument"),
-    (["--steps=3", "--steps=3"], "--steps is given 2 times: leave only one of them."),
-    (["--raw", "--raw=False"], "--raw is given 2 times: leave only one of them."),
     (["--steps=a\nb"], "--steps=a b: expected a whole number")], ids=repr)
 def test_a_mistake_is_answered_in_one_line_that_names_it(monkeypatch, capsys, arguments, message):
     status, out, err = answer(monkeypatch, capsys, *arguments)
     assert status == 1 and out == ""                                # main was not called
     assert err.startswith(f"error: {message}") and err.count("\n") == 1 and err.endswith("\n")
+
+
+MEMORY = "error: out of memory: halve --batch_size (and double --grad_accum of train.py, which " \
+         "keeps the step the same), or take a smaller model "
 
 
 def test_what_the_machine_lacks_is_answered_in_one_line(monkeypatch, capsys):
@@ -159,9 +172,9 @@ def test_what_the_machine_lacks_is_answered_in_one_line(monkeypatch, capsys):
             PermissionError(errno.EACCES, "Permission denied", "out"):
                 "error: out: Permission denied.",
             torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"):
-                "error: out of memory; a smaller batch or model needs less (CUDA out of memory.)",
+                MEMORY + "(CUDA out of memory.)",
             MemoryError("Unable to allocate 71 PiB"):
-                "error: out of memory; a smaller batch or model needs less (Unable to allocate 71 PiB)"}.items():
+                MEMORY + "(Unable to allocate 71 PiB)"}.items():
         assert failing(error) == (1, line + "\n")
     stdout = sys.stdout
     assert failing(BrokenPipeError()) == (1, "")
@@ -211,7 +224,7 @@ def test_help_of_the_scripts_leaves_nothing_out(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_of_the_scripts_refuses_wrong_values_and_takes_its_default(script):
-    """Wrong kind, empty, huge, negative, not a number, twice: each for every option."""
+    """Wrong kind, empty, huge, negative, not a number: each for every option."""
     Config, tried = importlib.import_module(script).Config, 0
     assert parse_arguments(Config, [f"--{field.name}={field.default}"
                                     for field in dataclasses.fields(Config)]) == Config()
@@ -219,9 +232,8 @@ def test_every_option_of_the_scripts_refuses_wrong_values_and_takes_its_default(
     for name, hint in get_type_hints(Config, include_extras=True).items():
         text = "str" in str(hint)
         wrong = ["\udcff", "a\0b"] if text and "Literal" not in str(hint) else numbers
-        default = getattr(Config, name)
         arguments = [[f"--{name}={value}"] for value in wrong]
-        arguments += [[f"--{name}={default}"] * 2, [f"--{name}x=1"], [f"--{name}", f"--{name}"]]
+        arguments += [[f"--{name}x=1"]]
         if get_args(hint)[:1] == (int,) and not isinstance(get_args(hint)[1], str):
             low, high = get_args(hint)[1:]
             arguments += [[f"--{name}={low - 1}"], [f"--{name}={high + 1}"]]

@@ -63,12 +63,12 @@ def test_a_checkpoint_describes_its_own_architecture(contents):
     ({"uvit": None}, "TypeError"), ({"uvit": [1]}, "TypeError"), ({"uvit": {}}, "missing"),
     ({"uvit": dataclasses.asdict(TINY) | {"adaln": 1}}, "unexpected keyword argument 'adaln'"),
     ({"uvit": dataclasses.asdict(TINY) | {"fusion": "late"}}, "--fusion=late: expected early or"),
-    ({"uvit": dataclasses.asdict(TINY) | {"n_fuse": 2}}, "n_fuse=2: expected an odd number"),
+    ({"uvit": dataclasses.asdict(TINY) | {"n_fuse": 2}}, "4 blocks: expected an odd number"),
     ({"uvit": dataclasses.asdict(TINY) | {"width": 48}}, "does not fit: .*size mismatch"),
     ({"ema": None}, "does not fit"), ({"ema": {}}, "does not fit: .*Missing key.*pos_embed"),
     ({"ema": {"pos_embed": 3}}, "does not fit"), ({"ema": {7: 3}}, "does not fit"),
-    ({"format": "midfuse-1"}, "is one of another version of this code"),
-    ({"format": 2}, "first keys are format, step, uvit, model, ema")], ids=str)
+    ({"format": "midfuse-1"}, "is of another version of this code"),
+    ({"format": 2}, r"first keys are \['format', 'step'")], ids=str)
 def test_a_checkpoint_with_other_contents_is_refused(contents, changes, words):
     torch.save(contents | changes, "last.pt")
     with pytest.raises(UserError, match=f"last.pt.*{words}"):
@@ -87,24 +87,24 @@ def write(content):
 
 FOREIGN = {     # name -> how it is made, what its refusal says
     "missing": (lambda path: None, "is missing: expected a checkpoint"),
-    "folder": (lambda path: path.mkdir(), "is not a file: expected a checkpoint"),
-    "pipe": (os.mkfifo, "is not a file: expected a checkpoint"),
+    "folder": (lambda path: path.mkdir(), "is no file: expected a checkpoint"),
+    "pipe": (os.mkfifo, "is no file: expected a checkpoint"),
     "dead link": (lambda path: path.symlink_to("nowhere"), "is missing"),
     "empty": (write(b""), "EOFError"), "letter": (write(b"a"), "can't be read"),
-    "text": (write(b"import torch"), "torch.save did not write it"),
+    "text": (write(b"import torch"), "not of torch.save"),
     "zeros": (write(bytes(999)), "can't be read"),
     "JSON": (write(b'{"a": 1}'), "can't be read"), "number": (write(b"0" * 99), "can't be read"),
-    "HTML": (write(b"\n <!DOCTYPE html><html>Google Drive"), "not weights but HTML"),
+    "HTML": (write(b"\n <!DOCTYPE html><html>Google Drive"), "this is HTML"),
     "LFS": (write(b"version https://git-lfs.github.com/spec/v1\noid"), "a git-LFS pointer"),
     "huge header": (write(b"\xff" * 8 + b"{}"), "first keys"),
     "no header": (write(bytes(8) + b"{"), "can't be read"),
     "list": (save([1, 2]), "it holds a list, not a dict"), "None": (save(None), "a NoneType"),
     "tensor": (save(torch.zeros(3)), "it holds a Tensor"), "empty dict": (save({}), "first keys"),
-    "numbers": (save({1: 2}), "its first keys are 1"),
-    "other": (save({"epoch": 3, "state_dict": {}}), "first keys are epoch, state_dict"),
+    "numbers": (save({1: 2}), r"its first keys are \[1\]"),
+    "other": (save({"epoch": 3, "state_dict": {}}), r"first keys are \['epoch', 'state_dict'\]"),
     "lightning": (save({"state_dict": {}, "hyper_parameters": Namespace(lr=1)}),
-                  r"holds a Python object \(argparse.Namespace\).*save its weights alone"),
-    "module": (save(torch.nn.Linear(2, 2)), r"a Python object \(torch.nn.modules.linear.Linear\)"),
+                  "or more than weights"),
+    "module": (save(torch.nn.Linear(2, 2)), "or more than weights"),
     "U-ViT's first key": (save({"pos_embed": torch.zeros(1, 80, 64)}), "KeyError: 'patch_embed"),
     "U-ViT of numbers": (save({"pos_embed": 1, "patch_embed.proj.weight": 2}), "AttributeError")}
 
@@ -147,7 +147,7 @@ def test_nothing_in_a_file_is_run(read):
     torch.jit.load("program.pt")
     assert MARKER.exists()                                  # this is what would happen
     MARKER.unlink()
-    assert "is a TorchScript program" in refusal("program.pt", read)
+    assert "TorchScript archives" in refusal("program.pt", read)
     torch.save({"pos_embed": Malicious()}, "zip.pt")
     torch.save({"pos_embed": Malicious()}, "legacy.pt", _use_new_zipfile_serialization=False)
     Path("pickle.pt").write_bytes(pickle.dumps({"pos_embed": Malicious()}))
@@ -244,9 +244,9 @@ def test_weights_are_found_in_their_folder_and_compared_by_digest():
         for expected in (None, digest):
             found = find_weights({"file": file, "sha256": expected}, "weights", "the autoencoder")
             assert found == Path("weights/kl.bin")
-    with pytest.raises(UserError, match="clip.bin is missing: expected the tower.*SHA-256 00"):
+    with pytest.raises(UserError, match="clip.bin is missing or has another SHA-256: expected the tower.* 00"):
         find_weights({"file": "clip.bin", "sha256": "00"}, "weights", "the tower")
-    with pytest.raises(UserError, match="kl.bin has another SHA-256: .* SHA-256 00; put"):
+    with pytest.raises(UserError, match="kl.bin is missing or has another SHA-256: .* SHA-256 00"):
         find_weights({"file": "kl.bin", "sha256": "00"}, "weights", "the autoencoder")
 
 
@@ -304,4 +304,4 @@ def test_a_second_writer_is_refused_or_waits_and_a_lock_dies_with_its_process(ca
     end(processes[2], signal.SIGKILL)
     with one_writer("run"):
         pass
-    assert "run is being written by another process; waiting" in capfd.readouterr().out
+    assert "waiting for the other process that writes run" in capfd.readouterr().out

@@ -10,7 +10,7 @@ import model
 from conftest import randomise
 from model import (UserError, UViT, UViTConfig, add_noise, autocast, choose_device,
                    choose_precision, count_multiply_adds, load_uvit, noise_schedule,
-                   read_checkpoint, timestep_embedding, try_compile)
+                   read_checkpoint, timestep_embedding)
 
 HOW = ["concat", "cross_attention"]
 FOUR = [(fusion, conditioning) for fusion in ("early", "intermediate") for conditioning in HOW]
@@ -324,8 +324,8 @@ def test_positions_that_start_as_waves_differ_from_each_other_and_are_learned(wi
     ("--fusion=late: expected early or intermediate.", dict(fusion="late")),
     ("--conditioning=adaln: expected concat or cross_attention.", dict(conditioning="adaln")),
     ("--heads=0: expected a whole number from 1 to 16,384.", dict(heads=0)),
-    ("depth=12: expected an odd number", dict(fusion="early", depth=12)),
-    ("n_fuse=4: expected an odd number", dict(n_fuse=4)),
+    ("12 blocks: expected an odd number", dict(fusion="early", depth=12)),
+    ("12 blocks: expected an odd number", dict(n_fuse=4)),
     ("fuse_shift=5: expected at most", dict(fuse_shift=5)),
     ("fuse_shift=-5: expected at most", dict(fuse_shift=-5)),
     ("fuse_shift=1: expected at most", dict(n_image=0, fuse_shift=1)),
@@ -383,26 +383,6 @@ def test_the_device_is_a_gpu_if_there_is_one(monkeypatch):
         assert choose_device() == torch.device(expected)
 
 
-@pytest.mark.parametrize("mode,device,work,compiled", [
-    ("auto", "cpu", 1e20, False), ("auto", "cuda", 9e15, False), ("auto", "cuda", 1e16, True),
-    ("off", "cuda", 1e20, False), ("on", "cpu", 1, True)])
-def test_long_runs_on_cuda_are_compiled_if_that_works(
-        monkeypatch, capsys, mode, device, work, compiled):
-    def fail(error):
-        def warm_up(fast):
-            raise error
-        return warm_up
-    monkeypatch.setattr(torch, "compile", lambda function: max)
-    arguments, tried = (min, mode, torch.device(device), work), []
-    assert try_compile(*arguments, tried.append) == (max if compiled else min)
-    assert tried == [max] * compiled
-    assert try_compile(*arguments, fail(KeyError("no compiler"))) == min
-    assert ("is off (KeyError: 'no compiler')" in capsys.readouterr().out) == compiled
-    if compiled:                                            # a smaller batch would help
-        with pytest.raises(torch.OutOfMemoryError):
-            try_compile(*arguments, fail(torch.OutOfMemoryError("full")))
-
-
 # ---- the official weights ----
 
 @pytest.mark.parametrize("depth", [13, 17], ids=["S/2", "deep"])
@@ -434,7 +414,7 @@ def test_an_official_file_loads_strictly_and_computes_what_it_should(changes):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     batch = inputs(net.config)
     assert error(loaded(*batch), plain_uvit(net.config, state, *batch)) < 2e-5
-    with pytest.raises(UserError, match="official.pth holds no raw weights.*leave out --raw"):
+    with pytest.raises(UserError, match="official.pth has no raw weights.*omit --raw"):
         load_uvit(checkpoint, "model", "official.pth")
 
     for wrong, message in [

@@ -77,14 +77,14 @@ def test_three_steps_and_three_after_a_resume_are_six_bit_for_bit(changes, monke
     assert logs[0] == logs[1]                               # the losses, each step once
 
 
-def stop_after(step, monkeypatch):
+def stop_after(step, monkeypatch, number=signal.SIGINT):
     """Press Ctrl-C, once, in the middle of a step."""
     rate, pressed = train.learning_rate, []
 
     def press(current, config):
         if current == step and not pressed:
             pressed.append(step)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return rate(current, config)
     monkeypatch.setattr(train, "learning_rate", press)
 
@@ -97,27 +97,22 @@ def test_ctrl_c_saves_and_prints_the_command_that_resumes(monkeypatch, capsys):
     assert "Stopped at step 2" in printed and "--resume=True" in printed and "--name=run" in printed
 
 
-@pytest.mark.parametrize("when, error", [
-    ("in the last step", None), ("while it is scored", KeyboardInterrupt),
-    ("while it is scored", torch.OutOfMemoryError)])
-def test_a_run_that_is_not_scored_says_how_to_do_it(monkeypatch, capsys, when, error):
+def test_a_run_says_that_it_is_saved_before_it_is_scored(monkeypatch, capsys):
     def fail(_):
-        assert error, "scored, though it was asked to stop"
-        raise error
+        raise KeyboardInterrupt
     monkeypatch.setattr(evaluate, "main", fail)
-    if when == "in the last step":
-        stop_after(2, monkeypatch)
-    train.main(tiny(steps=2, score=True))
+    with pytest.raises(KeyboardInterrupt):
+        train.main(tiny(steps=2, score=True))
     printed = capsys.readouterr().out
-    assert "whole and saved, but not scored" in printed
+    assert "whole and saved. Score it with:" in printed
     assert " --checkpoint=out/run/last.pt --data=data/tiny --steps=2\n" in printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_sigterm_and_a_closed_terminal_interrupt_the_scoring(monkeypatch, capsys, number):
-    monkeypatch.setattr(evaluate, "main", lambda _: os.kill(os.getpid(), number))
-    train.main(tiny(steps=1, score=True))
-    assert "whole and saved, but not scored" in capsys.readouterr().out
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_asked_to_stop_in_its_last_step_is_not_scored(monkeypatch, number):
+    stop_after(2, monkeypatch, number)
+    monkeypatch.setattr(evaluate, "main", lambda _: pytest.fail("scored"))
+    train.main(tiny(steps=2, score=True))
 
 
 def test_nohup_is_respected():
@@ -141,7 +136,7 @@ def test_a_resume_with_another_architecture_or_cache_is_refused_with_the_right_c
                                      {"validation_images": 4}], ids=str)
 def test_what_acts_before_the_first_step_cannot_change_on_resume(changes):
     train.main(tiny(steps=1))
-    with pytest.raises(UserError, match=f"trained with {next(iter(changes))}="):
+    with pytest.raises(UserError, match=f"trained with another {next(iter(changes))};"):
         train.main(tiny(steps=2, resume=True, **changes))
 
 
@@ -295,13 +290,6 @@ def test_training_lowers_the_held_out_loss_and_best_is_kept():
     assert read_checkpoint("out/run/best.pt")["report"]["best"] == pytest.approx(min(held_out), rel=1e-4)
 
 
-def test_overfitting_is_noticed(monkeypatch, capsys):
-    values = iter([1.0, 1.0, 0.5, 0.5] + [2.0] * 100)
-    monkeypatch.setattr(train.HeldOut, "loss", lambda *_: next(values))
-    train.main(tiny(steps=8, validate_every=1))
-    assert "overfits" in capsys.readouterr().out
-
-
 # ---- failures ----
 
 def poison(monkeypatch, steps):
@@ -330,7 +318,7 @@ def test_ten_such_steps_in_a_row_stop_the_run_with_advice(monkeypatch):
     train.main(tiny(steps=1))
     before = weights()
     poison(monkeypatch, set(range(1, 100)))
-    with pytest.raises(UserError, match="Ten steps in a row.*--learning_rate"):
+    with pytest.raises(UserError, match="No step is finite any more.*--learning_rate"):
         train.main(tiny(steps=50, resume=True))
     assert equal(before, weights())
 
@@ -353,7 +341,7 @@ def test_a_crash_or_a_full_disk_while_saving_costs_nothing(monkeypatch, save):
     def fail(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(UserError, match="No space left.*before is whole"):
+    with pytest.raises(OSError, match="No space left"):
         save(2)
 
     def kill(*_):
@@ -362,12 +350,6 @@ def test_a_crash_or_a_full_disk_while_saving_costs_nothing(monkeypatch, save):
     with pytest.raises(KeyboardInterrupt):
         save(3)
     assert torch.load("last.pt", weights_only=True)["step"] == 1
-
-
-def test_weights_that_are_not_finite_are_never_saved(save):
-    with pytest.raises(UserError, match="not finite"):
-        save(1, float("inf"))
-    assert not Path("last.pt").exists()
 
 
 def test_a_really_full_disk_is_answered_and_leaves_nothing_behind():
@@ -379,7 +361,7 @@ import train; from test_train import tiny; train.main(tiny(steps=2))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, check=False)
-    assert "UserError: out/run/last.pt could not be written (File too large)" in done.stderr
+    assert "File too large: 'out/run/last.pt'" in done.stderr
     assert not list(Path("out/run").glob("*last*")) + list(Path("out/run").glob(".last*"))
 
 
@@ -416,23 +398,6 @@ def test_a_broken_compiler_costs_the_speed_and_not_the_run(monkeypatch, capsys):
     train.main(tiny(steps=2, compile="on"))
     assert "torch.compile failed and is off (RuntimeError: no C compiler found)" in capsys.readouterr().out
     assert read_checkpoint("out/run/last.pt")["step"] == 2
-
-
-def test_running_out_of_memory_is_answered_with_a_smaller_batch(monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train.torch.nn.utils, "clip_grad_norm_", full)
-    with pytest.raises(UserError, match="--batch_size=4 --grad_accum=2"):
-        train.main(tiny())
-
-
-def test_running_out_of_memory_before_the_first_step_is_answered_too(monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train, "try_compile", full)
-    with pytest.raises(UserError, match="--batch_size=4 --grad_accum=2") as caught:
-        train.main(tiny())
-    assert "--resume" not in str(caught.value)                  # there is nothing to resume yet
 
 
 def test_a_changed_optimiser_constant_takes_effect_on_resume():
@@ -499,7 +464,7 @@ def test_drawing_is_not_training_time():
     ({"batch_size": 0}, "batch_size=0"), ({"precision": "half"}, "--precision=half"),
     ({"compile": "yes"}, "--compile=yes"), ({"data": "data/none"}, "prepare_data.py"),
     ({"resume": True}, "out/run is missing"),
-    ({"n_fuse": 2}, "n_fuse=2"), ({"seed": -1}, "seed=-1"),
+    ({"n_fuse": 2}, "4 blocks: expected an odd number"), ({"seed": -1}, "seed=-1"),
     ({"name": "/run"}, "below out/"), ({"sample_steps": 0}, "sample_steps=0")])
 def test_mistakes_are_answered_in_one_sentence(changes, words):
     with pytest.raises(UserError, match=words):
