@@ -577,7 +577,7 @@ def parse_arguments(Config: type, arguments: list[str]):
     hints = get_type_hints(Config, include_extras=True)
     for name, hint in hints.items():
         alone = {"nargs": "?", "const": True} if hint is bool else {}  # --resume alone is True
-        parser.add_argument(f"--{name}", **alone)
+        parser.add_argument(f"--{name}", action="append", **alone)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         key = unknown[0].partition("=")[0].strip("-")
@@ -587,7 +587,10 @@ def parse_arguments(Config: type, arguments: list[str]):
             return key == initials, difflib.SequenceMatcher(None, key, name).ratio()
         raise UserError(f"{unknown[0]!r:.100} is not a constant of this script; did you mean "
                         f"--{max(hints, key=likeness)}? (--help lists all)")
-    return Config(**vars(given))
+    for name, values in vars(given).items():
+        if len(values) > 1:
+            raise UserError(f"--{name} is given {len(values)} times: leave only one of them.")
+    return Config(**{name: value for name, [value] in vars(given).items()})
 
 
 def run(main, Config: type):

@@ -252,7 +252,9 @@ class Batches:
 
     def stream(self, start: int, stop: int):
         """(step, its batches) for start..stop; a thread reads one step ahead."""
-        with ThreadPoolExecutor(1) as reader:
+        cuda = self.device.type == "cuda"   # where each thread has a current device of its own
+        start_thread = partial(torch.cuda.set_device, self.device) if cuda else None
+        with ThreadPoolExecutor(1, initializer=start_thread) as reader:
             ahead = reader.submit(self.read, start - 1)
             for step in range(start, stop + 1):
                 batches, ahead = ahead.result(), reader.submit(self.read, step)

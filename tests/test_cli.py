@@ -148,6 +148,8 @@ def test_python_values_of_another_kind_are_refused(name, value):
     (["--"], "'--' is not a constant"), ([""], "'' is not a constant"),
     (["--prompt"], "argument --prompt: expected one argument"),
     (["--prompt", "--steps=3"], "argument --prompt: expected one argument"),
+    (["--steps=3", "--steps=3"], "--steps is given 2 times: leave only one of them."),
+    (["--raw", "--raw=False"], "--raw is given 2 times: leave only one of them."),
     (["--steps=a\nb"], "--steps=a b: expected a whole number")], ids=repr)
 def test_a_mistake_is_answered_in_one_line_that_names_it(monkeypatch, capsys, arguments, message):
     status, out, err = answer(monkeypatch, capsys, *arguments)
@@ -224,16 +226,17 @@ def test_help_of_the_scripts_leaves_nothing_out(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_of_the_scripts_refuses_wrong_values_and_takes_its_default(script):
-    """Wrong kind, empty, huge, negative, not a number: each for every option."""
+    """Wrong kind, empty, huge, negative, not a number, twice: each for every option."""
     Config, tried = importlib.import_module(script).Config, 0
     assert parse_arguments(Config, [f"--{field.name}={field.default}"
                                     for field in dataclasses.fields(Config)]) == Config()
     numbers = ["many", "", "9" * 5000, "1e308", "-1e308", "nan", "inf", "-inf", "0x10", "1,5"]
     for name, hint in get_type_hints(Config, include_extras=True).items():
         text = "str" in str(hint)
+        default = getattr(Config, name)
         wrong = ["\udcff", "a\0b"] if text and "Literal" not in str(hint) else numbers
         arguments = [[f"--{name}={value}"] for value in wrong]
-        arguments += [[f"--{name}x=1"]]
+        arguments += [[f"--{name}={default}"] * 2, [f"--{name}x=1"], [f"--{name}", f"--{name}"]]
         if get_args(hint)[:1] == (int,) and not isinstance(get_args(hint)[1], str):
             low, high = get_args(hint)[1:]
             arguments += [[f"--{name}={low - 1}"], [f"--{name}={high + 1}"]]
