@@ -443,10 +443,8 @@ def read_weights(path: str | Path) -> dict:
             start = file.read(64)
         if start[8:9] == b"{":
             return read_safetensors(path)
-        if start.lstrip().startswith(b"<"):
-            raise UserError("this is HTML: the download went wrong; fetch it again.")
-        if start.startswith(b"version https://git-lfs"):
-            raise UserError("this is a git-LFS pointer: run git lfs pull.")
+        if start.lstrip().startswith((b"<", b"version https://git-lfs")):
+            raise UserError("this is HTML or a git-LFS pointer: fetch the file itself.")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():  # compares checksums

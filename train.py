@@ -24,6 +24,7 @@ and then moved, so a crash never costs the one before.
 [U-ViT] arXiv 2209.12152   [CFG] arXiv 2207.12598
 """
 import copy
+import csv
 import io
 import itertools
 import math
@@ -134,7 +135,7 @@ def main(config: Config, draw=None):
     """Train, save and score one network; `draw(step, net, ema, folder)` replaces sample grids."""
     rank, world, device = start_processes(config)
     cache, uvit = open_data(config, rank)
-    with open_run(config, uvit, cache.meta, rank) as (config, folder, state, stop):
+    with open_run(config, rank) as (config, folder, stop):
         precision = choose_precision(device, config.precision)
         alpha_bar = noise_schedule().float().to(device)
         data = Batches(cache, config, rank, world, device)
@@ -144,14 +145,14 @@ def main(config: Config, draw=None):
         report = Report(config, folder, device)
         parts = {"model": net, "ema": ema, "optimizer": optimizer, "scaler": scaler,
                  "report": report}
-        step = load_parts(parts, state, folder) if config.resume else 0
+        step = load_run(folder / "last.pt", config, parts, cache.meta) if config.resume else 0
         print_facts(config, net, data, cache.meta, precision)
         wrapped = wrap_network(net, config, device, lambda compiled: compute_loss(
             compiled, alpha_bar, precision, *data.read(step)[0]).backward())
         optimizer.zero_grad()
         save = partial(save_checkpoint, folder, parts, config, cache)
         save("last.pt", step)  # tests that the disk is writable
-        report.start(step)
+        report.restart_clock(step)
 
         for step, batches in data.stream(step + 1, config.steps):
             rate = learning_rate(step, config)
@@ -178,7 +179,7 @@ def main(config: Config, draw=None):
                 if validate and report.judge(held_out.loss(net), held_out.loss(ema)):
                     with optional("best.pt"):
                         save("best.pt", step)
-                report.write_log()
+                report.write_log(step)
             if is_first() and (last or step % config.draw_every == 0):
                 with optional("the sample grid"):
                     draw(step, net, ema, folder)
@@ -232,7 +233,7 @@ class Batches:
         All processes draw the same numbers, and each takes its share.
         """
         config, device = self.config, self.device
-        size, share = config.batch_size * config.grad_accum, config.batch_size // self.world
+        size = config.batch_size * config.grad_accum
         pictures, texts = self.choose(index, size)
         generator = seeded(config.seed, 2, index, device=device)
         _, twice_channels, H, W = self.moments.shape  # mean and log variance
@@ -241,9 +242,7 @@ class Batches:
         u = torch.rand(size, generator=generator, device=device)
         t = (1000 * u ** config.t_power).ceil().clamp(1, 1000).long()
         batches = []
-        for i in range(config.grad_accum):
-            begin = i * config.batch_size + self.rank * share
-            mine = slice(begin, begin + share)
+        for mine in torch.arange(size).view(config.grad_accum, self.world, -1)[:, self.rank]:
             moments = self.moments[pictures[mine]].to(device)  # (B, 2C, H, W)
             context = self.text[texts[mine]].to(device).float()  # (B, L, E)
             z0 = self.scale * sample_latent(moments, noise[mine])
@@ -419,28 +418,17 @@ class Report:
     def __init__(self, config: Config, folder: Path, device: torch.device):
         self.config, self.folder, self.device = config, folder, device
         self.best, self.skipped, self.began = math.inf, 0, time.perf_counter()
-        self.losses, self.norms, self.line = [], [], {}  # since the last measurement
+        self.lines = [self.COLUMNS]  # of log.csv
+        self.losses, self.norms = [], []  # since the last measurement
 
     def state_dict(self) -> dict:
         seconds = time.perf_counter() - self.began
-        return {"best": self.best, "skipped": self.skipped, "seconds": seconds}
+        return {"best": self.best, "skipped": self.skipped, "seconds": seconds,
+                "lines": self.lines}
 
     def load_state_dict(self, state: dict):
-        self.best, self.skipped = state["best"], state["skipped"]
+        self.best, self.skipped, self.lines = state["best"], state["skipped"], state["lines"]
         self.began -= state["seconds"]
-
-    def start(self, step: int):
-        """Start the clock and log.csv; of a resumed run, keep the lines up to this step."""
-        path, lines = self.folder / "log.csv", [",".join(self.COLUMNS)]
-        if is_first():
-            if path.exists():
-                for line in path.read_text("utf-8", "replace").splitlines():
-                    number = line.split(",")[0]
-                    if number.isdigit() and int(number) <= step:
-                        lines.append(line)
-            with writing(path, "w") as file:
-                file.writelines(line + "\n" for line in lines)
-        self.restart_clock(step)
 
     def restart_clock(self, step: int):
         """Drawing and saving are not training time."""
@@ -468,24 +456,23 @@ class Report:
                             learning_rate=config.learning_rate / 3)
             raise UserError("No step is finite any more. Resume the last checkpoint with a lower "
                             f"rate: {again}")
-        values = [step, now - self.began, loss, rate, self.norms[-1].item(), speed, self.skipped]
-        self.line = dict(zip(self.COLUMNS, values))
+        norm, seconds = self.norms[-1].item(), now - self.began
+        self.lines.append([step, seconds, loss, rate, norm, speed, self.skipped, None, None])
         self.losses, self.norms = [], []
 
     def judge(self, raw: float, ema: float) -> bool:
         """Note the held-out losses; True if that of the EMA is the lowest so far."""
         print0(f"           held-out loss {raw:.4f}, of the EMA {ema:.4f}")
-        self.line |= {"held_out_raw": raw, "held_out_ema": ema}
+        self.lines[-1][-2:] = raw, ema
         lowest = ema < self.best
         self.best = min(ema, self.best)
         return lowest
 
-    def write_log(self):
-        cells = [f"{self.line[key]:.6g}" if key in self.line else "" for key in self.COLUMNS]
+    def write_log(self, step: int):
         if is_first():
-            with optional("log.csv"), open(self.folder / "log.csv", "a") as file:
-                print(*cells, sep=",", file=file)
-        self.restart_clock(int(self.line["step"]))
+            with optional("log.csv"), writing(self.folder / "log.csv", "w") as file:
+                csv.writer(file, lineterminator="\n").writerows(self.lines)
+        self.restart_clock(step)
 
 
 class SampleGrid:
@@ -517,13 +504,13 @@ class SampleGrid:
 # ---- 6. the run and its files ----
 
 @contextmanager
-def open_run(config: Config, uvit: UViTConfig, meta: dict, rank: int):
-    """Yields (config, folder, state, stop): a new run's, or those of the run to resume.
+def open_run(config: Config, rank: int):
+    """Yields (config, folder, stop) of a new run or of one to resume, and holds its lock.
 
-    `state` is its checkpoint. `stop` is a list that the first Ctrl-C, SIGTERM or closed terminal
-    fills; the second ends the run at once.
+    `stop` is a list that the first Ctrl-C, SIGTERM or closed terminal fills; the second ends the
+    run at once.
     """
-    folder, stop, state = Path("out", config.name), [], None
+    folder, stop, before = Path("out", config.name), [], {}
     if folder == Path("out") or not folder.is_relative_to("out") or ".." in folder.parts:
         raise UserError(f"--name={config.name}: expected a folder below out/, such as shapes.")
     if config.resume and not folder.is_dir():
@@ -538,59 +525,45 @@ def open_run(config: Config, uvit: UViTConfig, meta: dict, rank: int):
             raise KeyboardInterrupt
         stop.append(number)
         print0("Stopping after this step, to save it; once more ends the run at once.")
-    with one_writer(folder) if rank == 0 else nullcontext(), on_signals(ask):
-        if config.resume:
-            state = read_run(folder / "last.pt", config, uvit, meta)
-        yield config, folder, state, stop
-
-
-@contextmanager
-def on_signals(handler):
-    """Call `handler` on Ctrl-C, SIGTERM and a closed terminal, unless they are ignored (nohup)."""
-    before = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, handler)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            before[number] = signal.signal(number, ask)
     try:
-        yield
+        with one_writer(folder) if rank == 0 else nullcontext():
+            yield config, folder, stop
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def read_run(path: Path, config: Config, uvit: UViTConfig, meta: dict) -> dict:
-    """The checkpoint of the run to resume; UserError if it does not fit."""
+def load_run(path: Path, config: Config, parts: dict, meta: dict) -> int:
+    """Load a checkpoint into the parts of a run; the step it was saved at; UserError."""
     state = read_checkpoint(path)
     with reading(path, "a run of train.py to resume"):
         then = Config(**state["config"])
-    changed = [key for key in vars(config) if getattr(then, key) != getattr(config, key)]
-    other = prepare_data.same_data(state["meta"], meta)
-    if state["uvit"] != uvit:
-        other = "architecture"
-    for key in ("seed", "init_std", "sincos_positions", "validation_images"):
-        if key in changed:  # they act before the first step
-            other = key
-    if other:
-        raise UserError(f"{path} was trained with another {other}; its own command is: "
-                        f"{command('train.py', then, resume=True)}")
-    if state["step"] >= config.steps:
-        raise UserError(f"{path} is at step {state['step']:,} already: raise "
-                        f"--steps={config.steps} to train longer.")
-    for key in changed:
-        print0(f"{key} was {getattr(then, key)} and is now {getattr(config, key)}")
-    return state
-
-
-def load_parts(parts: dict, state: dict, folder: Path) -> int:
-    """Load what a checkpoint holds into the parts of a run; gives the step it was saved at."""
-    group = parts["optimizer"].param_groups[0]
-    constants = {key: group[key] for key in ("betas", "weight_decay")}  # may have changed since
-    with reading(folder / "last.pt", "a run of train.py to resume"):
+        changed = [key for key in vars(config)
+                   if key != "resume" and getattr(then, key) != getattr(config, key)]
+        other = prepare_data.same_data(state["meta"], meta)
+        if state["uvit"] != parts["model"].config:
+            other = "architecture"
+        for key in ("seed", "init_std", "sincos_positions", "validation_images"):
+            if key in changed:  # they act before the first step
+                other = key
+        if other:
+            raise UserError(f"{path} was trained with another {other}; its own command is: "
+                            f"{command('train.py', then, resume=True)}")
+        if state["step"] >= config.steps:
+            raise UserError(f"{path} is at step {state['step']:,} already: raise "
+                            f"--steps={config.steps} to train longer.")
+        for key in changed:
+            print0(f"{key} was {getattr(then, key)} and is now {getattr(config, key)}")
+        group = parts["optimizer"].param_groups[0]
+        constants = {key: group[key] for key in ("betas", "weight_decay")}
         for name, part in parts.items():
             if name != "scaler" or part.get_scale() > 1 and state["scaler"]["scale"] > 1:
                 part.load_state_dict(state[name])
-        parts["optimizer"].param_groups[0].update(constants)
+        parts["optimizer"].param_groups[0].update(constants)  # they may have changed
         return state["step"]
 
 

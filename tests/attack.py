@@ -181,7 +181,7 @@ def read_results(folder: Path, pattern: str) -> dict:
                 del line["seconds"], line["images_per_second"]
         elif path.suffix == ".pt":
             content = read_checkpoint(path)
-            del content["report"]["seconds"]
+            del content["report"]["seconds"], content["report"]["lines"]
             del content["config"]["resume"], content["config"]["name"]
         elif path.name == "eval.json":
             content = json.loads(path.read_text())
