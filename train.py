@@ -59,54 +59,58 @@ from vae import load_autoencoder, sample_latent, to_uint8
 @dataclass
 class Config(Constants):
     # the run
-    data: FilePath = "data/shapes"      # a folder made by prepare_data.py
-    weights: FilePath = "weights"       # folder of the public weights, for the autoencoder
-    name: str = "shapes"                # results go to out/NAME or, if taken, out/NAME-2, ...
-    resume: bool = False                # True: resume out/NAME/last.pt
+    data: FilePath = "data/shapes"  # a folder made by prepare_data.py
+    weights: FilePath = "weights"   # folder of the public weights
+    name: str = "shapes"            # of the folder in out/; if it is taken, shapes-2, ...
+    resume: bool = False            # True: resume out/NAME/last.pt
     seed: Natural = 0
     # the model (see model.py); image size, channels and text length come with the data
     fusion: Literal["early", "intermediate"] = "intermediate"
     conditioning: Literal["concat", "cross_attention"] = "concat"
-    depth: Size = 9                     # early only
-    n_image: Natural = 2                # this and the next three: intermediate only
+    depth: Size = 9                 # early only
+    n_image: Natural = 2            # this and the next three: intermediate only
     n_fuse: Size = 3
     n_text: Natural = 2
-    fuse_shift: int = 0                 # -2: the text enters at the first block
+    fuse_shift: int = 0             # -2: the text enters at the first block
     patch_size: Size = 1
     width: Size = 128
     heads: Size = 4
     # optimisation
     steps: Positive = 3300
-    batch_size: Positive = 32           # pictures at a time, over all GPUs
-    grad_accum: Positive = 1            # batches per step
-    learning_rate: Share = 3e-3         # U-ViT: 2e-4, for a million steps
-    warmup: Natural = 200               # steps from 0 to the full rate
-    cooldown: Share = 1.0               # last share of the steps, with a falling rate; U-ViT: 0
+    batch_size: Positive = 32       # pictures at a time, over all GPUs
+    grad_accum: Positive = 1        # batches per step
+    learning_rate: Share = 3e-3     # U-ViT: 2e-4, for a million steps
+    warmup: Natural = 200           # steps from 0 to the full rate
+    cooldown: Share = 1.0           # share of the steps, the last, with a falling rate; U-ViT: 0
     beta: Annotated[float, 0, 0.9999] = 0.9     # both of AdamW's [U-ViT]
-    weight_decay: Share = 0.03          # of every parameter [U-ViT]
-    grad_clip: Annotated[float, 0, 1e9] = 1.0   # largest norm of a gradient; 0 = any, as in U-ViT
-    t_power: Annotated[float, 0.01, 100] = 0.4  # t = 1000 u^t_power; < 1: more noise; U-ViT: 1
-    p_uncond: Share = 0.1               # share of the pairs trained without text [CFG]
-    ema_decay: Share = 0.999            # U-ViT: 0.9999
-    init_std: Share = 0.06              # of the linear weights; U-ViT: 0.02 at width 512
-    sincos_positions: bool = True       # image positions start as waves; U-ViT: normal(0.02)
+    weight_decay: Share = 0.03      # of every parameter [U-ViT]
+    grad_clip: Annotated[float, 0, 1e9] = 1.0   # largest norm of a gradient; 0: any, as U-ViT
+    t_power: Annotated[float, 0.01, 100] = 0.4  # t = 1000 u^t_power; U-ViT: 1, less noise
+    p_uncond: Share = 0.1           # share of the pairs without text [CFG]
+    ema_decay: Share = 0.999        # U-ViT: 0.9999
+    init_std: Share = 0.06          # of linear weights; U-ViT: 0.02, at width 512
+    sincos_positions: bool = True   # image positions start as waves; U-ViT: normal(0.02)
     # speed
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"      # torch.compile; auto: long runs on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on CUDA
     # reports
     log_every: Positive = 50
     validate_every: Positive = 500
     draw_every: Positive = 500
     save_every: Positive = 500
     validation_images: Positive = 500
-    guidance_scale: sample.GuidanceScale = 3.0  # of the sample grids and of the score at the end
+    guidance_scale: sample.GuidanceScale = 3.0  # of sample grids and score
     sample_steps: sample.SolverSteps = 20
-    score: bool = True                  # evaluate last.pt when training has ended (shapes)
+    score: bool = True              # shapes: evaluate last.pt at the end
+
+    @property
+    def pictures_per_step(self) -> int:
+        return self.batch_size * self.grad_accum
 
 
 # ---- 1. the loss ----
 
-def compute_loss(net, alpha_bar, precision, z0, eps, t, context) -> torch.Tensor:
+def compute_loss(net, alpha_bar, precision, z0, eps, t, context):
     """Mean squared error of the noise, unweighted [U-ViT]; in float32 outside the network."""
     zt = add_noise(z0, eps, t, alpha_bar)  # (B, C, H, W)
     with autocast(zt.device, precision):
@@ -194,7 +198,7 @@ def main(config: Config, draw=None):
 
 # ---- 3. batches ----
 
-def seeded(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
+def seeded(*key: int, device="cpu") -> torch.Generator:
     """A generator for this key, hashed: torch's CPU generator looks at 32 bits of a seed only."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     return torch.Generator(device).manual_seed(seed)
@@ -203,17 +207,18 @@ def seeded(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
 class Batches:
     """Training batches as a function of the step."""
 
-    def __init__(self, cache: prepare_data.Cache, config: Config, rank: int, world: int,
-                 device: torch.device):
-        self.config, self.rank, self.world, self.device = config, rank, world, device
+    def __init__(self, cache, config, rank, world, device):
+        self.config, self.device = config, device
+        self.rank, self.world = rank, world
+        self.scale = cache.meta["latent_scale"]
         self.moments = torch.from_numpy(cache.train.moments)  # on disk until indexed
         self.text = torch.from_numpy(cache.text)
-        self.scale, self.pictures = cache.meta["latent_scale"], len(cache.train.moments)
+        self.pictures = len(self.moments)
         self.pairs = torch.from_numpy(cache.train.pairs)  # (K, 2): picture, text row
-        picture_of_pair = self.pairs[:, 0].contiguous()  # ascending
-        self.first_pair = torch.searchsorted(picture_of_pair, torch.arange(self.pictures + 1))
+        number = self.pairs[:, 0].contiguous()  # ascending
+        self.first_pair = torch.searchsorted(number, torch.arange(self.pictures + 1))
 
-    def choose(self, index: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(self, index: int, size: int):
         """(size,) pictures, each once per epoch, and the text row of a caption of each; 0: none."""
         place = torch.arange(index * size, (index + 1) * size)  # in the order of all epochs
         epochs, pictures = place // self.pictures, torch.empty_like(place)
@@ -227,13 +232,13 @@ class Batches:
         dropped = torch.rand(size, generator=generator) < self.config.p_uncond
         return pictures, torch.where(dropped, 0, self.pairs[pair, 1])
 
-    def read(self, index: int) -> list[tuple[torch.Tensor, ...]]:
+    def read(self, index: int) -> list[tuple]:
         """The batches of step index + 1: z0, eps (B, C, H, W), t (B,), context (B, L, E) of each.
 
         All processes draw the same numbers, and each takes its share.
         """
         config, device = self.config, self.device
-        size = config.batch_size * config.grad_accum
+        size = config.pictures_per_step
         pictures, texts = self.choose(index, size)
         generator = seeded(config.seed, 2, index, device=device)
         _, twice_channels, H, W = self.moments.shape  # mean and log variance
@@ -242,7 +247,8 @@ class Batches:
         u = torch.rand(size, generator=generator, device=device)
         t = (1000 * u ** config.t_power).ceil().clamp(1, 1000).long()
         batches = []
-        for mine in torch.arange(size).view(config.grad_accum, self.world, -1)[:, self.rank]:
+        order = torch.arange(size).view(config.grad_accum, self.world, -1)
+        for mine in order[:, self.rank]:
             moments = self.moments[pictures[mine]].to(device)  # (B, 2C, H, W)
             context = self.text[texts[mine]].to(device).float()  # (B, L, E)
             z0 = self.scale * sample_latent(moments, noise[mine])
@@ -251,8 +257,9 @@ class Batches:
 
     def stream(self, start: int, stop: int):
         """(step, its batches) for start..stop; a thread reads one step ahead."""
-        cuda = self.device.type == "cuda"   # where each thread has a current device of its own
-        start_thread = partial(torch.cuda.set_device, self.device) if cuda else None
+        start_thread = None
+        if self.device.type == "cuda":  # each thread has a current device
+            start_thread = partial(torch.cuda.set_device, self.device)
         with ThreadPoolExecutor(1, initializer=start_thread) as reader:
             ahead = reader.submit(self.read, start - 1)
             for step in range(start, stop + 1):
@@ -263,7 +270,7 @@ class Batches:
 class HeldOut:
     """Held-out loss, on the same pictures, captions, time steps and noise every time."""
 
-    def __init__(self, cache: prepare_data.Cache, config: Config, alpha_bar, precision):
+    def __init__(self, cache, config, alpha_bar, precision):
         self.alpha_bar, self.precision = alpha_bar, precision
         pairs = torch.from_numpy(cache.val.pairs)[:config.validation_images]
         pairs = pairs.repeat(math.ceil(100 / len(pairs)), 1)  # few pictures: at more t each
@@ -281,8 +288,10 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, net) -> float:
-        losses = [compute_loss(net, self.alpha_bar, self.precision, *batch) * len(batch[0])
-                  for batch in self.batches]
+        losses = []
+        for batch in self.batches:
+            loss = compute_loss(net, self.alpha_bar, self.precision, *batch)
+            losses.append(loss * len(batch[0]))
         return (torch.stack(losses).sum() / self.size).item()
 
 
@@ -336,7 +345,8 @@ def describe_uvit(config: Config, **data) -> UViTConfig:
 
 def open_data(config: Config, rank: int) -> tuple[prepare_data.Cache, UViTConfig]:
     """The cache, and a network's configuration that fits it. A first run makes the shapes."""
-    if rank == 0 and config.data == Config.data and not Path(config.data, "meta.json").exists():
+    missing = not Path(config.data, "meta.json").exists()
+    if rank == 0 and missing and config.data == Config.data:
         prepare_data.main(prepare_data.Config())
     if dist.is_initialized():
         dist.barrier()
@@ -369,7 +379,7 @@ def wrap_network(net: UViT, config: Config, device: torch.device, warm_up):
     "auto" compiles on CUDA what does 1e16 multiply-adds or more: a guess, not yet measured.
     Compiling takes a minute or more. A CPU gains 3% (measured) and does without.
     """
-    images = config.steps * config.batch_size * config.grad_accum
+    images = config.steps * config.pictures_per_step
     work = 3 * images * sum(count_multiply_adds(net.config))  # forward and backward
     pays = device.type == "cuda" and work >= 1e16
     if config.compile == "on" or config.compile == "auto" and pays:
@@ -386,10 +396,10 @@ def wrap_network(net: UViT, config: Config, device: torch.device, warm_up):
 
 # ---- 5. reports ----
 
-def print_facts(config: Config, net: UViT, data: Batches, meta: dict, precision: torch.dtype):
+def print_facts(config: Config, net: UViT, data: Batches, meta: dict, precision):
     uvit, giga = net.config, sum(count_multiply_adds(net.config)) / 1e9
     parameters = sum(p.numel() for p in net.parameters())
-    size, window = config.batch_size * config.grad_accum, uvit.window
+    size, window = config.pictures_per_step, uvit.window
     cuda = data.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else data.device.type
     print0(f"{uvit.fusion} fusion by {uvit.conditioning}: {uvit.blocks} blocks, text in "
@@ -415,9 +425,10 @@ class Report:
     COLUMNS = ["step", "seconds", "loss", "learning_rate", "grad_norm", "images_per_second",
                "skipped", "held_out_raw", "held_out_ema"]
 
-    def __init__(self, config: Config, folder: Path, device: torch.device):
+    def __init__(self, config, folder, device):
         self.config, self.folder, self.device = config, folder, device
-        self.best, self.skipped, self.began = math.inf, 0, time.perf_counter()
+        self.best, self.skipped = math.inf, 0
+        self.began = time.perf_counter()
         self.lines = [self.COLUMNS]  # of log.csv
         self.losses, self.norms = [], []  # since the last measurement
 
@@ -427,7 +438,8 @@ class Report:
                 "lines": self.lines}
 
     def load_state_dict(self, state: dict):
-        self.best, self.skipped, self.lines = state["best"], state["skipped"], state["lines"]
+        self.best, self.skipped = state["best"], state["skipped"]
+        self.lines = state["lines"]
         self.began -= state["seconds"]
 
     def restart_clock(self, step: int):
@@ -438,24 +450,25 @@ class Report:
 
     def measure(self, step: int, rate: float):
         """A line for log.csv, printed too; the loss is a mean over the steps since the last one."""
-        losses, finite = torch.stack(self.losses), torch.stack(self.norms).isfinite()
+        losses = torch.stack(self.losses)
+        finite = torch.stack(self.norms).isfinite()
         if dist.is_initialized():
             dist.all_reduce(losses)
             losses /= dist.get_world_size()
         loss = losses[losses.isfinite()].mean().item()  # waits for the device
         now, config = time.perf_counter(), self.config
-        size = config.batch_size * config.grad_accum
-        speed = (step - self.step) * size / (now - self.clock)
+        pace = (now - self.clock) / (step - self.step)
+        speed = config.pictures_per_step / pace
+        left = timedelta(seconds=round((config.steps - step) * pace))
         self.skipped += (~finite).sum().item()
-        left = timedelta(seconds=round((config.steps - step) * size / speed))
         skipped = f"  ({self.skipped} skipped: not finite)" if self.skipped else ""
         print0(f"step {step:,}/{config.steps:,}  loss {loss:.4f}  {speed:,.0f} images/s  "
                f"{left} left{skipped}")
         if not finite.any() and self.skipped >= 10:
             again = command("train.py", config, resume=True,
                             learning_rate=config.learning_rate / 3)
-            raise UserError("No step is finite any more. Resume the last checkpoint with a lower "
-                            f"rate: {again}")
+            raise UserError("No step is finite any more. Resume with a lower rate: "
+                            f"{again}")
         norm, seconds = self.norms[-1].item(), now - self.began
         self.lines.append([step, seconds, loss, rate, norm, speed, self.skipped, None, None])
         self.losses, self.norms = [], []
@@ -478,7 +491,7 @@ class Report:
 class SampleGrid:
     """Eight held-out captions, drawn by the raw weights in the first row, by the EMA below."""
 
-    def __init__(self, cache: prepare_data.Cache, config: Config, device: torch.device):
+    def __init__(self, cache, config, device):
         self.config, self.scale = config, cache.meta["latent_scale"]
         texts = list(dict.fromkeys(cache.val.pairs[:, 1].tolist()))[:8]
         self.captions = [cache.captions[i] for i in texts]
@@ -537,7 +550,7 @@ def open_run(config: Config, rank: int):
             signal.signal(number, handler)
 
 
-def load_run(path: Path, config: Config, parts: dict, meta: dict) -> int:
+def load_run(path, config: Config, parts: dict, meta: dict) -> int:
     """Load a checkpoint into the parts of a run; the step it was saved at; UserError."""
     state = read_checkpoint(path)
     with reading(path, "a run of train.py to resume"):
@@ -567,7 +580,7 @@ def load_run(path: Path, config: Config, parts: dict, meta: dict) -> int:
         return state["step"]
 
 
-def save_checkpoint(folder: Path, parts: dict, config: Config, cache, name: str, step: int):
+def save_checkpoint(folder, parts, config: Config, cache, name: str, step: int):
     """Whole or not at all: whatever happens, the checkpoint before stays."""
     if not is_first():
         return
@@ -583,7 +596,7 @@ def save_checkpoint(folder: Path, parts: dict, config: Config, cache, name: str,
         file.write(content.getbuffer())
 
 
-def finish(config: Config, folder: Path, step: int, cache: prepare_data.Cache, device, stop: list):
+def finish(config: Config, folder: Path, step: int, cache, device, stop: list):
     """Say how to resume a stopped run; score one that has ended, and say how to draw."""
     if not is_first():
         return
