@@ -53,19 +53,19 @@ def tokenize(captions: list[str], length: int = CONTEXT_LEN) -> torch.Tensor:
     return tokens
 
 
-def count_truncated(captions: list[str], length: int = CONTEXT_LEN) -> int:
+def count_truncated(captions, length=CONTEXT_LEN):
     """How many of the captions `tokenize` cuts short."""
     return sum(len(encode(caption)) + 2 > length for caption in captions)
 
 
-def encode(caption: str) -> list[int]:
+def encode(caption):
     """Token ids, without start and end, of 2,000 characters: more than 77 tokens can hold."""
     text = html.unescape(html.unescape(ftfy.fix_text(caption[:2000])))
     return sum(map(encode_word, WORD.findall(text.lower())), [])
 
 
 @cache
-def encode_word(word: str) -> list[int]:
+def encode_word(word):
     """Token ids of one word: merge the pair of the lowest rank until none is in the table."""
     characters, ids, ranks = vocabulary()
     if word in SPECIAL:
@@ -81,7 +81,7 @@ def encode_word(word: str) -> list[int]:
 
 
 @cache
-def vocabulary() -> tuple[dict, dict, dict]:
+def vocabulary():
     """(byte -> a printable character, token -> id, pair -> rank among the merges)."""
     with reading(MERGES, "OpenAI's merge table"):
         lines = gzip.decompress(MERGES.read_bytes()).decode().split("\n")
@@ -130,8 +130,8 @@ class CLIPTransformer(nn.Module):
 class CLIPText(nn.Module):
     """The text tower. The paper's, of ViT-L/14: width 768, 12 layers, 12 heads, projection 768."""
 
-    def __init__(self, width: int, layers: int, heads: int, projection: int,
-                 context_len: int = CONTEXT_LEN, vocabulary_size: int = 49408):
+    def __init__(self, width, layers, heads, projection, context_len=CONTEXT_LEN,
+                 vocabulary_size=49408):
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary_size, width)
         self.positional_embedding = nn.Parameter(torch.zeros(context_len, width))
@@ -199,7 +199,7 @@ def load_clip_text(path: str | Path) -> CLIPText:
     return load_strictly(net, state, path).eval().requires_grad_(False)
 
 
-def read_tower(path: str | Path, tower: str, needed: list[str]) -> tuple[dict, dict]:
+def read_tower(path, tower, needed):
     """The weights, by OpenAI's names, and sizes of a file's "text" or "image" tower; UserError."""
     with reading(path, CLIP_FILE):
         weights = read_openai_archive(path) or read_weights(path)
@@ -224,7 +224,7 @@ def read_tower(path: str | Path, tower: str, needed: list[str]) -> tuple[dict, d
     return state, dict(width=width, layers=len(layers), heads=width // 64)
 
 
-def read_openai_archive(path: str | Path) -> dict:
+def read_openai_archive(path):
     """The weights in OpenAI's archive, a TorchScript program, none of which is run, or {}."""
     class Module(dict):     # of tensors; data.pkl is a tree of these
         def __setstate__(self, attributes):
@@ -256,7 +256,7 @@ def read_openai_archive(path: str | Path) -> dict:
     return {}
 
 
-def weights_sha256(module: nn.Module) -> str:
+def weights_sha256(module):
     """SHA-256 over the names and the float32 values of a module's weights."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
@@ -264,7 +264,7 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_text_tower(description: dict, folder: str | Path) -> CLIPText:
+def load_text_tower(description, folder):
     """The tower that meta["text_tower"] describes, a file in `folder` or drawn again; UserError."""
     if description["kind"] == "clip":
         return load_clip_text(find_weights(description, folder, "the text tower"))

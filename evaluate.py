@@ -1,10 +1,10 @@
 """Score pictures: are they what their caption says, and do they look real?
 
-    python evaluate.py --checkpoint=out/shapes/last.pt                      # 500 held-out captions
-    python evaluate.py --checkpoint=out/early/last.pt,out/shapes/last.pt    # several, in one table
+    python evaluate.py --checkpoint=out/shapes/last.pt  # 500 held-out captions
+    python evaluate.py --checkpoint=out/early/last.pt,out/shapes/last.pt  # several, in one table
     python evaluate.py --checkpoint=out/shapes/last.pt --sweep=1,1.5,2,3,5  # several w
     python evaluate.py --checkpoint=out/coco/best.pt --data=data/coco --steps=50 --guidance_scale=2
-    python evaluate.py --folder=pictures --data=data/coco       # anybody's pictures, with captions
+    python evaluate.py --folder=pictures --data=data/coco  # anybody's pictures, with captions
 
 Shapes are scored exactly, by a detector that reads the objects off each picture. Right are its
 count (as many as asked), colour and shape (those asked and no others), relation (the first object
@@ -40,45 +40,45 @@ from clip_text import (CLIP_FILE, CLIPTransformer, encode_captions, load_clip_te
                        weights_sha256)
 from model import (Constants, FilePath, Natural, Positive, Size, UserError, choose_device,
                    choose_precision, load_strictly, one_writer, read_weights, reading, run, sha256,
-                   write_json, writing)
-from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Cache, Scene, fetch, read_cache,
-                          read_captions, read_picture, scene_of, unseen_scenes)
-from sample import GuidanceScale, Pipeline, SolverSteps, save_pictures
+                   write_json)
+from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Cache, Scene, digest, fetch,
+                          read_cache, read_captions, read_picture, scene_of, unseen_scenes)
+from sample import GuidanceScale, Pipeline, SolverSteps, save_pictures, write_captions
 
 
 @dataclass
 class Config(Constants):
-    checkpoint: FilePath = "out/shapes/last.pt"     # or several: A.pt,B.pt
-    folder: FilePath | None = None      # instead: pictures with captions
-    data: FilePath = "data/shapes"      # cache of held-out captions
-    n: Positive | None = None           # captions; None: 500 shapes or 30,000
-    steps: SolverSteps = 20             # U-ViT: 50
+    checkpoint: FilePath = "out/shapes/last.pt"  # or several: A.pt,B.pt
+    folder: FilePath | None = None  # instead: pictures with captions
+    data: FilePath = "data/shapes"  # cache of held-out captions
+    n: Positive | None = None       # captions; None: 500 shapes or 30,000
+    steps: SolverSteps = 20         # U-ViT: 50
     guidance_scale: GuidanceScale = 3.0     # w; 1 = none; U-ViT: 2, which it calls 1
-    sweep: str | None = None            # several w: 1,2,3
-    seed: Natural = 0                   # picture i has seed + i
-    batch_size: Size = 100              # of the sampler
-    raw: bool = False                   # not averaged by EMA
-    weights: FilePath = "weights"       # folder of the public weights
+    sweep: str | None = None        # several w: 1,2,3
+    seed: Natural = 0               # picture i has seed + i
+    batch_size: Size = 100          # of the sampler
+    raw: bool = False               # not averaged by EMA
+    weights: FilePath = "weights"   # folder of the public weights
     inception: FilePath | None = None   # weights of the FID
-    clip: FilePath | None = None        # weights of the CLIP score
-    out: FilePath | None = None         # folder of the results
+    clip: FilePath | None = None    # weights of the CLIP score
+    out: FilePath | None = None     # folder of the results
 
 
 # ---- 1. shapes: reading a picture back ----
 
 KINDS = ("count", "colour", "shape", "relation", "everything")
-PALETTE = np.array(list(COLOURS.values()), np.float64) - BACKGROUND    # (6, 3)
+PALETTE = np.array(list(COLOURS.values()), np.float64) - BACKGROUND  # (6, 3)
 
 
 def nearest_shape(cover):
     """The shape whose picture in the same box differs least from `cover` (H, W), 1 inside to 0."""
-    def points(profile):    # four in a pixel; the box is -1 to 1
-        pixels = np.arange(len(profile)) + 0.5
-        fine = (np.arange(4 * len(profile)) + 0.5) / 4
-        middle = (profile * pixels).sum() / profile.sum()
-        return 2 * (fine - middle) / profile.sum()
     H, W = cover.shape
-    y, x = points(cover.max(axis=1))[:, None], points(cover.max(axis=0))
+
+    def places(profile):  # four in a pixel; the box is -1 to 1
+        n = len(profile)
+        middle = (profile * (np.arange(n) + 0.5)).sum() / profile.sum()
+        return 2 * ((np.arange(4 * n) + 0.5) / 4 - middle) / profile.sum()
+    y, x = places(cover.max(axis=1))[:, None], places(cover.max(axis=0))
     shapes = {"circle": x ** 2 + y ** 2 <= 1,
               "square": np.maximum(abs(x), abs(y)) <= 1,
               "triangle": (2 * abs(x) <= y + 1) & (y <= 1)}
@@ -97,23 +97,22 @@ def detect_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
     """
     away = picture.astype(np.float64) - BACKGROUND
     distance = np.linalg.norm(away, axis=-1)
-    square = np.ones((3, 3))
+    square, objects = np.ones((3, 3)), []
     labels, _ = ndimage.label(distance > 90, square)
-    unit = (len(picture) / 32) ** 2    # areas are at a side of 32
-    objects = []
+    unit = (len(picture) / 32) ** 2  # areas are at a side of 32
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         inside = labels == label
-        area = inside.sum()
-        if area < 10 * unit:
+        area = inside.sum() / unit
+        if area < 10:
             continue
         core = away[inside & (distance >= np.median(distance[inside]))]
-        errors = np.linalg.norm(core[:, None] - PALETTE, axis=-1)    # (pixels, 6)
+        errors = np.linalg.norm(core[:, None] - PALETTE, axis=-1)  # (pixels, 6)
         colour = np.bincount(errors.argmin(axis=1)).argmax()
         pure = PALETTE[colour]
-        near = ndimage.binary_dilation(inside, square)    # with its soft edge
+        near = ndimage.binary_dilation(inside, square)  # with its soft edge
         cover = np.clip(away @ pure / (pure @ pure), 0, 1) * near
         shape = nearest_shape(cover[ndimage.find_objects(near.astype(int))[0]])
-        if area > 120 * unit:    # twice the largest: several
+        if area > 120:  # twice the largest: several
             shape = "blob"
         y, x = [(side.start + side.stop) / 2 for side in box]
         objects.append((list(COLOURS)[colour], shape, y, x))
@@ -123,15 +122,15 @@ def detect_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
 def judge_picture(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
     """Which KINDS are right in a picture (S, S, 3) uint8; a scene may have no "relation"."""
     objects, asked = detect_objects(picture), scene.objects
-    found = [thing[:2] for thing in objects]
-    right = {"count": len(found) == len(asked),
-             "colour": {colour for colour, _ in found} == {colour for colour, _ in asked},
-             "shape": {shape for _, shape in found} == {shape for _, shape in asked}}
+    found = [(colour, shape) for colour, shape, _, _ in objects]
+    right = {"count": len(found) == len(asked)}
+    for i, kind in enumerate(("colour", "shape")):
+        right[kind] = {thing[i] for thing in found} == {thing[i] for thing in asked}
     if scene.relation:
         down, across = RELATIONS[scene.relation]
-        places = {thing[:2]: thing[2:] for thing in objects}
+        places = {(colour, shape): (y, x) for colour, shape, y, x in objects}
         first, second = [places.get(thing, (np.nan, np.nan)) for thing in asked]
-        dy, dx = np.subtract(first, second)    # what is missing stands nowhere
+        dy, dx = np.subtract(first, second)  # what is missing stands nowhere
         right["relation"] = bool(dy * down > abs(dx) if down else dx * across > abs(dy))
     right["everything"] = sorted(found) == sorted(asked) and right.get("relation", True)
     return right
@@ -145,8 +144,7 @@ def score_shapes(pictures, captions: list[str]) -> dict[str, dict]:
         if scene is None:
             raise UserError(f"{caption!r} is not a caption of the shapes dataset.")
         right = judge_picture(picture, scene)
-        group = "unseen" if scene in unseen_scenes() else "seen"
-        groups[group].append(right)
+        groups["unseen" if scene in unseen_scenes() else "seen"].append(right)
         if not scene.relation:
             counts.setdefault(len(scene.objects), []).append(right["count"])
     for name, group in groups.items():
@@ -168,7 +166,7 @@ AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
 
 @contextmanager
-def exact_float32(device: torch.device):
+def exact_float32(device):
     """Without TensorFloat-32, autocast, gradients: scores don't depend on how training computed."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
@@ -226,19 +224,19 @@ class Inception(nn.Module):
             x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear")
             x = self.conv(2 * x - 1, "Conv2d_1a_3x3", 2, "valid")
             x = self.conv(x, "Conv2d_2a_3x3", 1, "valid")
-            x = HALVE(self.conv(x, "Conv2d_2b_3x3"))    # (B, 64, 73, 73)
+            x = HALVE(self.conv(x, "Conv2d_2b_3x3"))  # (B, 64, 73, 73)
             x = self.conv(x, "Conv2d_3b_1x1")
-            x = HALVE(self.conv(x, "Conv2d_4a_3x3", 1, "valid"))    # (B, 192, 35, 35)
+            x = HALVE(self.conv(x, "Conv2d_4a_3x3", 1, "valid"))  # (B, 192, 35, 35)
             for i in "bcd":
                 x = self.mixed(x, f"Mixed_5{i}", branch5x5=2, branch3x3dbl=3)
             three = self.conv(x, "Mixed_6a/branch3x3", 2, "valid")
             double = self.chain(x, "Mixed_6a/branch3x3dbl", 3, 2, "valid")
-            x = torch.cat([three, double, HALVE(x)], dim=1)    # (B, 768, 17, 17)
+            x = torch.cat([three, double, HALVE(x)], dim=1)  # (B, 768, 17, 17)
             for i in "bcde":
                 x = self.mixed(x, f"Mixed_6{i}", branch7x7=3, branch7x7dbl=5)
             three = self.chain(x, "Mixed_7a/branch3x3", 2, 2, "valid")
             seven = self.chain(x, "Mixed_7a/branch7x7x3", 4, 2, "valid")
-            x = torch.cat([three, seven, HALVE(x)], dim=1)    # (B, 1280, 8, 8)
+            x = torch.cat([three, seven, HALVE(x)], dim=1)  # (B, 1280, 8, 8)
             for i, pool in ("b", AVERAGE), ("c", nn.MaxPool2d(3, 1, 1)):
                 x = self.mixed(x, f"Mixed_7{i}", pool, "ab", branch3x3=2, branch3x3dbl=3)
             return x.mean((2, 3))
@@ -271,7 +269,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """
     def root(sigma):
         values, vectors = np.linalg.eigh(sigma)
-        return vectors * np.sqrt(values.clip(0))    # rounding makes some negative
+        return vectors * np.sqrt(values.clip(0))  # rounding makes some negative
     overlap = np.linalg.svd(root(sigma1).T @ root(sigma2), compute_uv=False).sum()
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
     return float(np.maximum(distance, 0))
@@ -280,10 +278,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 # ---- 3. CLIP score ----
 
 CLIP = "clip-vit-large-patch14.bin"
-PREFIX = "A photo depicts "    # before each caption [CLIPScore]
+PREFIX = "A photo depicts "  # before each caption [CLIPScore]
 
 
-def preprocess(images, side: int):
+def preprocess(images, side):
     """uint8 (B, 3, H, W) -> float32 (B, 3, side, side), as CLIP saw its training pictures: through
     Pillow's bicubic filter. torch's, which does not round to 8 bits, gives another score."""
     B, _, H, W = images.shape
@@ -303,7 +301,7 @@ class CLIPImage(nn.Module):
 
     def __init__(self, width, layers, heads, projection, patch_size, tokens):
         super().__init__()
-        self.side = patch_size * math.isqrt(tokens - 1)    # 224 in ViT-L/14
+        self.side = patch_size * math.isqrt(tokens - 1)  # 224 in ViT-L/14
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros(tokens, width))
@@ -316,9 +314,9 @@ class CLIPImage(nn.Module):
         """uint8 (B, 3, H, W) -> features (B, projection) in float32."""
         check_pictures(images)
         with exact_float32(images.device):
-            x = self.conv1(preprocess(images, self.side)).flatten(2).mT    # (B, N, width)
+            x = self.conv1(preprocess(images, self.side)).flatten(2).mT  # (B, N, width)
             start = self.class_embedding.expand(len(x), 1, -1)
-            x = torch.cat([start, x], dim=1) + self.positional_embedding    # (B, 1+N, width)
+            x = torch.cat([start, x], dim=1) + self.positional_embedding  # (B, 1+N, width)
             x = self.transformer(self.ln_pre(x))
             return self.ln_post(x[:, 0]) @ self.proj
 
@@ -343,7 +341,7 @@ def clip_scores(images, texts):
 
 # ---- 4. scorers ----
 
-SCORE_BATCH = 50
+SCORE_BATCH = 50  # whatever the --batch_size
 
 
 class ShapesScorer:
@@ -356,7 +354,7 @@ class ShapesScorer:
 class RealScorer:
     """FID against all held-out pictures of a cache, and CLIP score."""
 
-    def __init__(self, cache: Cache, config: Config):
+    def __init__(self, cache, config):
         inception = config.inception or fetch(INCEPTION, config.weights)
         clip = config.clip or fetch(CLIP, config.weights)
         self.device = choose_device()
@@ -369,36 +367,31 @@ class RealScorer:
             "inception_sha256": sha256(inception), "clip_sha256": sha256(clip),
             "clip_prefix": PREFIX,
             "resize": "real: Lanczos; FID: bilinear, 299; CLIP: bicubic"}
-        features = [self.inception(batch).cpu() for batch in self.batches(cache.val_images)]
-        self.reference = mean_and_covariance(torch.cat(features))
-
-    def batches(self, pictures):
-        """Pictures (S, S, 3) uint8 -> (B, 3, S, S), of the same B whatever the --batch_size."""
-        pictures = iter(tqdm(pictures, "scoring"))
-        while batch := list(islice(pictures, SCORE_BATCH)):
-            batch = torch.from_numpy(np.stack(batch))
-            yield batch.permute(0, 3, 1, 2).to(self.device)
+        self.reference = self.embed(cache.val_images)[0]
 
     def embed(self, pictures):
-        """The FID of pictures, and their CLIP features (n, projection)."""
+        """Pictures (S, S, 3) uint8 -> their mean and covariance, CLIP features (n, projection)."""
         features, embedded = [], []
-        for batch in self.batches(pictures):
-            features.append(self.inception(batch).cpu())
-            embedded.append(self.clip_image(batch).cpu())
-        found = mean_and_covariance(torch.cat(features))
-        return frechet_distance(*found, *self.reference), torch.cat(embedded)
+        pictures = iter(tqdm(pictures, "scoring"))
+        while batch := list(islice(pictures, SCORE_BATCH)):
+            images = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+            images = images.to(self.device)  # (B, 3, S, S)
+            features.append(self.inception(images).cpu())
+            embedded.append(self.clip_image(images).cpu())
+        return mean_and_covariance(torch.cat(features)), torch.cat(embedded)
 
-    def score(self, pictures, captions):
+    def score(self, embedded, captions):
         """FID and CLIP scores, after the prefix and bare; all caption features take 7 GB."""
-        fid, embedded = pictures
-        scores, length = {"fid": fid}, len(self.clip_text.positional_embedding)
+        moments, images = embedded
+        scores = {"fid": frechet_distance(*moments, *self.reference)}
+        length = len(self.clip_text.positional_embedding)
         for name, prefix in ("clip_prefix", PREFIX), ("clip", ""):
-            pooled = []
+            texts = []
             for i in range(0, len(captions), SCORE_BATCH):
                 part = [prefix + caption for caption in captions[i:i + SCORE_BATCH]]
                 with exact_float32(self.device):
-                    pooled.append(encode_captions(self.clip_text, part, length)[1].cpu())
-            cosines = clip_scores(embedded, torch.cat(pooled))
+                    texts.append(encode_captions(self.clip_text, part, length)[1].cpu())
+            cosines = clip_scores(images, torch.cat(texts))
             scores[name] = 100 * cosines.double().mean().item()
         return scores
 
@@ -414,7 +407,7 @@ def score_bounds(scorer, cache, pictures, captions):
 
 # ---- 5. drawing, scoring, the table ----
 
-def choose_prompts(cache: Cache, config: Config) -> tuple[np.ndarray, list[str]]:
+def choose_prompts(cache, config):
     """The first n held-out pictures, or all, and the first caption of each, as U-ViT's fork."""
     n = config.n or (500 if cache.meta["dataset"] == "shapes" else 30_000)
     pictures, first = np.unique(cache.val.pairs[:, 0], return_index=True)
@@ -422,30 +415,25 @@ def choose_prompts(cache: Cache, config: Config) -> tuple[np.ndarray, list[str]]
     return pictures[:n], [cache.captions[row] for row in rows]
 
 
-def draw_samples(pipeline, paths, captions, config):
+def draw_samples(pipeline, folder, names, captions, config):
     """Draw what is missing of one picture per caption, of seed + i; images/s, or None."""
-    folder, size = paths[0].parent, config.batch_size
-    index = folder / "captions.txt"
-    index.touch()
-    drawn = set(index.read_text("utf-8", "replace").splitlines(keepends=True))
-    lines = [f"{path.name}\t{caption}\n" for path, caption in zip(paths, captions)]
-    missing = [i for i, path in enumerate(paths) if lines[i] not in drawn or not path.exists()]
+    write_captions(folder, names, captions)
+    missing = [i for i, name in enumerate(names) if not (folder / name).exists()]
     if not missing:
         return None
-    begin = missing[0] // size * size    # in whole batches
-    with writing(index, "w") as file:
-        file.writelines(lines[:begin])
+    size = config.batch_size
+    begin = missing[0] // size * size  # in whole batches
     settings = {"guidance_scale": config.guidance_scale, "steps": config.steps}
-    began = time.perf_counter()
-    for i in tqdm(range(begin, len(paths), size), f"sampling {folder}"):
-        part = captions[i:i + size]
-        seeds = [config.seed + k for k in range(i, i + len(part))]
-        pictures = pipeline.draw(part, seeds, **settings)
-        save_pictures(folder, i, pictures, part, seeds, settings)
-    return (len(paths) - begin) / (time.perf_counter() - began)
+    clock = time.perf_counter()
+    for i in tqdm(range(begin, len(names), size), f"sampling {folder}"):
+        part = slice(i, i + size)
+        seeds = [config.seed + k for k in range(len(names))[part]]
+        pictures = pipeline.draw(captions[part], seeds, **settings)
+        save_pictures(folder, names[part], pictures, captions[part], seeds, settings)
+    return (len(names) - begin) / (time.perf_counter() - clock)
 
 
-def score_pictures(paths, captions, scorer, cache):
+def score_pictures(name, paths, captions, scorer, cache):
     """What each eval.json holds. Pictures are never resized: it would change the FID."""
     def load(path):
         picture = read_picture(path)
@@ -455,18 +443,19 @@ def score_pictures(paths, captions, scorer, cache):
     size = (cache.meta["image_size"],) * 2
     scores = scorer.score(scorer.embed(map(load, paths)), captions)
     protocol = {"pictures": len(paths), "captions": "first of each picture"}
-    return {"scores": scores, "bounds": scorer.bounds, "protocol": protocol | scorer.protocol}
+    return {"name": name, "scores": scores, "bounds": scorer.bounds,
+            "protocol": protocol | scorer.protocol}
 
 
 def evaluate_folder(config, scorer, cache):
     """Score anybody's pictures."""
     folder = Path(config.folder)
-    found = list(read_captions(folder).items())[:config.n]
-    if not found:
+    captions = dict(islice(read_captions(folder).items(), config.n))
+    if not captions:
         raise UserError(f"{folder} holds no pictures with captions.")
-    paths = [folder / name for name, _ in found]
-    captions = [texts[0] for _, texts in found]
-    result = {"name": config.folder} | score_pictures(paths, captions, scorer, cache)
+    paths = [folder / name for name in captions]
+    texts = [first for first, *_ in captions.values()]
+    result = score_pictures(config.folder, paths, texts, scorer, cache)
     home = Path(config.out or folder)
     home.mkdir(parents=True, exist_ok=True)
     write_json(home / "eval.json", result)
@@ -479,21 +468,21 @@ def evaluate_checkpoint(config, captions, scorer, cache):
     if any(pipeline.meta[key] != cache.meta[key] for key in ("dataset", "image_size")):
         raise UserError(f"{config.checkpoint} was not trained on pictures "
                         f"as in {config.data}: name its own --data.")
-    step, w, digest = pipeline.step, config.guidance_scale, weights_sha256(pipeline.net)
+    step, w, weights = pipeline.step, config.guidance_scale, weights_sha256(pipeline.net)
+    made_of = digest([weights, cache.meta["files"]])[:8]
     home = Path(config.out or Path(config.checkpoint).parent)
-    folder = home / "eval" / (f"step{step}_{digest[:8]}_w{w:.9g}_"
-                              f"steps{config.steps}_seed{config.seed}")
+    folder = home / f"eval/step{step}_{made_of}_w{w:.9g}_steps{config.steps}_seed{config.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:05d}.png" for i in range(len(captions))]
+    names = [f"{i:05d}.png" for i in range(len(captions))]
     with one_writer(folder):
-        speed = draw_samples(pipeline, paths, captions, config)
-        result = {"name": f"{config.checkpoint} at step {step}", "images_per_second": speed}
-        result |= score_pictures(paths, captions, scorer, cache)
+        speed = draw_samples(pipeline, folder, names, captions, config)
+        paths = [folder / name for name in names]
+        result = score_pictures(f"{config.checkpoint} at step {step}", paths, captions,
+                                scorer, cache)
+        result["images_per_second"] = speed
         result["protocol"] |= asdict(config) | {
-            "step": step, "weights_sha256": digest, "sampler": "DPM-Solver++(2M)",
-            "guidance": "eps_uncond + w (eps_cond - eps_uncond)",
-            "autoencoder": pipeline.meta["autoencoder"],
-            "text_tower": pipeline.meta["text_tower"], "latent_scale": pipeline.latent_scale,
+            "step": step, "weights_sha256": weights, "trained_on": pipeline.meta,
+            "sampler": "DPM-Solver++(2M), eps_uncond + w (eps_cond - eps_uncond)",
             "precision": str(choose_precision(pipeline.device)), "torch": torch.__version__}
         write_json(folder / "eval.json", result)
     with one_writer(home / "eval", wait=True):
@@ -501,7 +490,7 @@ def evaluate_checkpoint(config, captions, scorer, cache):
     return result
 
 
-def format_row(result) -> dict[str, str]:
+def format_row(result):
     """Heading -> cell, of an eval.json, or of a bound."""
     scores, protocol = result["scores"], result.get("protocol", {})
     row = {"model": result["name"], "w": str(protocol.get("guidance_scale", ""))}
@@ -513,18 +502,18 @@ def format_row(result) -> dict[str, str]:
     return row
 
 
-def print_table(rows: list[dict[str, str]]):
+def print_table(rows):
     for cells in (rows[0], ["---"] * len(rows[0]), *[row.values() for row in rows]):
         print(f"| {' | '.join(cells)} |")
 
 
 def main(config: Config):
     cache = read_cache(config.data)
+    shapes = cache.meta["dataset"] == "shapes"
     scales = str(config.sweep or config.guidance_scale).split(",")
     jobs = [replace(config, checkpoint=path.strip(), guidance_scale=w)
             for path in config.checkpoint.split(",") for w in scales]
     pictures, captions = choose_prompts(cache, config)
-    shapes = cache.meta["dataset"] == "shapes"
     scorer = ShapesScorer() if shapes else RealScorer(cache, config)
     scorer.bounds = score_bounds(scorer, cache, pictures, captions)
     if config.folder:

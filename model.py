@@ -58,15 +58,14 @@ FilePath = Annotated[str, "path"]  # may begin with ~
 
 # ---- 1. noise schedule ----
 
-def noise_schedule() -> torch.Tensor:
+def noise_schedule():
     """alpha_bar (1001,) in float64, for t in 0..1000; alpha_bar[0] = 1."""
     # "Scaled linear" betas of Stable Diffusion [LDM] and U-ViT
     beta = torch.linspace(0.00085 ** 0.5, 0.0120 ** 0.5, 1000, dtype=torch.float64) ** 2
     return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, dim=0)])
 
 
-def add_noise(z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor,
-              alpha_bar: torch.Tensor) -> torch.Tensor:
+def add_noise(z0, eps, t, alpha_bar):
     """zt = sqrt(alpha_bar[t]) z0 + sqrt(1 - alpha_bar[t]) eps, (B, C, H, W), at t (B,)."""
     a = alpha_bar[t][:, None, None, None]  # (B, 1, 1, 1)
     return a.sqrt() * z0 + (1 - a).sqrt() * eps
@@ -74,7 +73,7 @@ def add_noise(z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor,
 
 # ---- 2. layers ----
 
-def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
+def timestep_embedding(t, dim):
     """Time steps (B,) in 1..1000 -> (B, dim), cosines then sines: the time token itself [U-ViT]."""
     k = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
     frequency = torch.exp(-math.log(10000) / (dim // 2) * k)  # from 1 down to 1/10000
@@ -82,7 +81,7 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)  # (B, dim)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v: (B, h, Q, d), (B, h, K, d), (B, h, K, d) -> (B, h, Q, d)."""
     if q.device.type == "cpu":  # in bfloat16, 3 times faster than torch's fused one (backward)
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
@@ -182,27 +181,27 @@ class UViTConfig:
                             f"heads={self.heads}.")
 
     @property
-    def blocks(self) -> int:  # in the stack
+    def blocks(self):  # in the stack
         return self.depth if self.fusion == "early" else 2 * self.n_image + self.n_fuse
 
     @property
-    def window(self) -> range:  # the indices of the blocks that see the text
+    def window(self):  # the indices of the blocks that see the text
         first = self.n_image + self.fuse_shift
         return range(self.depth) if self.fusion == "early" else range(first, first + self.n_fuse)
 
     @property
-    def text_blocks(self) -> int:  # before the window
+    def text_blocks(self):  # before the window
         return 0 if self.fusion == "early" else self.n_text
 
     @property
-    def image_tokens(self) -> int:  # N
+    def image_tokens(self):  # N
         return (self.image_size // self.patch_size) ** 2
 
 
 class UViT(nn.Module):
     """U-ViT [U-ViT] with a window of blocks that see the text [IF]."""
 
-    def __init__(self, config: UViTConfig, init_std: float = 0.02):
+    def __init__(self, config, init_std=0.02):
         super().__init__()
         self.config = config
         D, P, C, h = config.width, config.patch_size, config.channels, config.heads
@@ -309,7 +308,7 @@ class UViT(nn.Module):
         self.positions()[2].copy_(torch.cat([rows, columns], dim=1))  # (1, N, D)
 
 
-def count_multiply_adds(config: UViTConfig) -> tuple[int, int]:
+def count_multiply_adds(config):
     """Multiply-adds per image of (encode_text, denoise). One is two FLOPs; papers call it one."""
     with torch.device("meta"):  # nothing is computed there, and torch counts attention too
         net, t = UViT(config), torch.empty(1)
@@ -324,13 +323,13 @@ def count_multiply_adds(config: UViTConfig) -> tuple[int, int]:
 
 # ---- 4. devices ----
 
-def choose_device() -> torch.device:
+def choose_device():
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def choose_precision(device: torch.device, name: str = "auto") -> torch.dtype:
+def choose_precision(device, name="auto"):
     """The fastest safe type for matrix products: bfloat16 where the device computes in it."""
     if name != "auto":
         return getattr(torch, name)
@@ -342,7 +341,7 @@ def choose_precision(device: torch.device, name: str = "auto") -> torch.dtype:
     return torch.float32
 
 
-def autocast(device: torch.device, precision: torch.dtype | None = None):
+def autocast(device, precision=None):
     """Matrix products in `precision`; norms, softmax, residuals and weights stay float32."""
     precision = precision or choose_precision(device)
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
@@ -355,11 +354,11 @@ class UserError(ValueError):
 
 
 @contextmanager
-def reading(path: str | Path, expected: str):
+def reading(path, expected):
     """The gate of a file: whatever is wrong inside leaves as one UserError that names it."""
     try:
         if not Path(path).is_file():  # a pipe, for one, would wait for ever
-            what = "is no file" if Path(path).exists() else "is missing"
+            what = "is not a file" if Path(path).exists() else "is missing"
             raise UserError(f"{path} {what}: expected {expected}.")
         yield
     except UserError as error:
@@ -372,7 +371,7 @@ def reading(path: str | Path, expected: str):
 
 
 @contextmanager
-def writing(path: str | Path, mode: str = "wb"):
+def writing(path, mode="wb"):
     """A file that appears whole, under its name, when the block ends, or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # that of a killed writer is overwritten
@@ -389,13 +388,13 @@ def writing(path: str | Path, mode: str = "wb"):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, content: dict):
+def write_json(path, content):
     with writing(path, "w") as file:
         file.write(json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager
-def one_writer(folder: str | Path, wait: bool = False):
+def one_writer(folder, wait=False):
     """Hold the lock of a folder, against a second writer, which waits or is refused.
 
     It is SQLite's lock of a file, which works on every system and dies with its process.
@@ -414,12 +413,12 @@ def one_writer(folder: str | Path, wait: bool = False):
         yield
 
 
-def sha256(path: str | Path) -> str:
+def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+def read_safetensors(path):
     """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, raw bytes."""
     types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
              "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
@@ -436,7 +435,7 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_weights(path: str | Path) -> dict:
+def read_weights(path):
     """The dict in a torch or .safetensors file, told apart by content. Nothing in it can run."""
     with reading(path, "a file of weights (addresses of public ones: FILES in prepare_data.py)"):
         with open(path, "rb") as file:
@@ -458,7 +457,7 @@ def read_weights(path: str | Path) -> dict:
         return state
 
 
-def find_weights(description: dict, folder: str | Path, what: str) -> Path:
+def find_weights(description, folder, what):
     """The weight file of `what` in `folder`, or UserError; a "sha256" of None is not checked."""
     path, expected = Path(folder, description["file"]), description.get("sha256")
     if not path.is_file():
@@ -470,7 +469,7 @@ def find_weights(description: dict, folder: str | Path, what: str) -> Path:
     return path
 
 
-def load_strictly(module: nn.Module, state: dict, path: str | Path) -> nn.Module:
+def load_strictly(module, state, path):
     """Load all of `state` into `module`, which must fit; raises UserError."""
     try:
         module.load_state_dict(state)
@@ -484,7 +483,7 @@ def load_strictly(module: nn.Module, state: dict, path: str | Path) -> nn.Module
 CHECKPOINT_FORMAT = "midfuse-2"
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def read_checkpoint(path):
     """A checkpoint of train.py, or the official U-ViT weights, as one dict that describes itself.
 
     Sampling needs "uvit" (UViTConfig), "ema", "latent_scale", "null_context" (L, E) or None (made
@@ -501,7 +500,7 @@ def read_checkpoint(path: str | Path) -> dict:
         return state | {"uvit": UViTConfig(**state["uvit"])}
 
 
-def describe_official(state: dict) -> dict:
+def describe_official(state):
     """The official mscoco_uvit_small.pth, a flat state dict; its shapes give the architecture."""
     D, C, P, _ = state["patch_embed.proj.weight"].shape
     L, E = 77, state["context_embed.weight"].shape[1]
@@ -516,7 +515,7 @@ def describe_official(state: dict) -> dict:
             "autoencoder": {}, "latent_scale": 0.23010}  # its own sampler takes 0.18215, wrongly
 
 
-def load_uvit(checkpoint: dict, weights: str, path: str | Path) -> UViT:
+def load_uvit(checkpoint, weights, path):
     """The network of `read_checkpoint`, in evaluation mode, with weights "ema" or "model" (raw)."""
     if weights not in checkpoint:
         raise UserError(f"{path} has no raw weights, only their moving average: omit --raw.")
@@ -565,7 +564,7 @@ def convert(value, hint):
     return number
 
 
-def parse_arguments(Config: type, arguments: list[str]):
+def parse_arguments(Config, arguments):
     """The dataclass `Config` with `--key=value` or `--key value` applied; raises UserError."""
     def fail(message):
         raise UserError(f"{message} (--help lists all constants).")
@@ -617,7 +616,7 @@ def run(main, Config: type):
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}.")
 
 
-def command(script: str, config, **changes) -> str:
+def command(script, config, **changes):
     """The command line of a configuration: what differs from the constants in the file."""
     config = dataclasses.replace(config, **changes)
     differs = [f"--{field.name}={value}" for field in dataclasses.fields(config)

@@ -1,7 +1,7 @@
 """Pictures and captions -> data/NAME/, a cache of latents and text features for train.py.
 
-    python prepare_data.py                                  # captioned shapes (train.py runs this)
-    python prepare_data.py --dataset=coco                   # MS-COCO: 20 GB to fetch, 62 GB cached
+    python prepare_data.py  # captioned shapes (train.py runs this)
+    python prepare_data.py --dataset=coco  # MS-COCO: 20 GB to fetch, 62 GB cached
     python prepare_data.py --dataset=folder --pictures=DIR  # your own pictures and captions
 
     pictures --crop, resize--> (3, S, S) --autoencoder--> moments (2C, h, w)
@@ -68,7 +68,8 @@ class Config(Constants):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, value in DEFAULTS[self.dataset].items():
+        defaults = DEFAULTS[self.dataset] | {"out": f"data/{self.dataset}"}
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.image_size % 32:
@@ -80,15 +81,12 @@ class Config(Constants):
 REAL = {"autoencoder": "kl", "text_tower": "clip", "image_size": 256, "context_len": 77}
 DEFAULTS = {
     "shapes": {"autoencoder": "linear", "text_tower": "random", "image_size": 32,
-               "context_len": 16,           # its captions need 12
-               "train_images": 20_000, "val_images": 1_000, "out": "data/shapes"},
-    "coco": REAL | {"val_images": 30_000, "out": "data/coco"},
-    "folder": REAL | {"out": "data/folder"},
-}
+               "context_len": 16, "train_images": 20_000, "val_images": 1_000},
+    "coco": REAL | {"val_images": 30_000}, "folder": REAL}
 CACHE_FORMAT = "midfuse-cache-2"
 # Most of a shapes picture is background. At standard deviation 1 its few objects would show through
 # the noise even at t = 1000, but a sampler starts from noise alone, where training never was.
-LATENT_STD = 0.5        # of the linear autoencoder's scaled latents; of the KL one's it is 1 [LDM]
+LATENT_STD = 0.5  # of the linear autoencoder's scaled latents; of the KL one's it is 1 [LDM]
 BATCH = 64
 
 
@@ -99,7 +97,7 @@ COLOURS = {"red": (225, 45, 45), "green": (40, 165, 70), "blue": (45, 85, 225),
            "yellow": (245, 200, 30), "purple": (160, 50, 190), "cyan": (40, 190, 215)}
 SHAPES = ("circle", "square", "triangle")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-RELATIONS = {"to the left of": (0, -1), "to the right of": (0, 1),      # (rows, columns)
+RELATIONS = {"to the left of": (0, -1), "to the right of": (0, 1),  # (rows, columns)
              "above": (-1, 0), "below": (1, 0)}
 
 
@@ -125,7 +123,7 @@ class Scene:
 
 
 @cache
-def list_scenes() -> tuple[list[Scene], list[Scene], list[Scene]]:
+def list_scenes():
     """All: 162 of one group, 11,016 of two groups, at most nine objects in all, 1,224 relations."""
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     pairs = [*permutations(kinds, 2)]
@@ -138,13 +136,13 @@ def list_scenes() -> tuple[list[Scene], list[Scene], list[Scene]]:
 
 
 @cache
-def scene_of() -> dict[str, Scene]:
+def scene_of():
     """Caption -> scene, for all captions of the shapes dataset."""
     return {scene.caption: scene for family in list_scenes() for scene in family}
 
 
 @cache
-def unseen_scenes() -> frozenset[Scene]:
+def unseen_scenes():
     """A fixed tenth of the relations and of the single groups, and every pair with such a group."""
     def tenth(scenes):
         order = np.random.default_rng(2403_16530).permutation(len(scenes))
@@ -155,7 +153,7 @@ def unseen_scenes() -> frozenset[Scene]:
     return frozenset(unseen + tenth(relations))
 
 
-def choose_scene(rng: np.random.Generator, unseen: bool) -> Scene:
+def choose_scene(rng, unseen):
     """A random scene, seen or unseen: 30% have one group, 30% two groups, 40% a relation."""
     family = list_scenes()[rng.choice(3, p=(0.3, 0.3, 0.4))]
     while True:
@@ -164,18 +162,18 @@ def choose_scene(rng: np.random.Generator, unseen: bool) -> Scene:
             return scene
 
 
-def draw_scene(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
+def draw_scene(scene, rng, size):
     """The picture of a scene, anti-aliased: (size, size, 3) uint8. Lengths are for a side of 32."""
-    cells = [divmod(i, 3) for i in range(9)]    # of 3x3, in reading order
+    cells = [divmod(i, 3) for i in range(9)]  # of 3x3, in reading order
     if scene.relation:
         y, x = RELATIONS[scene.relation]
         cells = [(1 + y, 1 + x), (1 - y, 1 - x)]
-    zoom = 8                                    # drawn 8 times larger, then averaged
+    zoom = 8  # drawn 8 times larger, then averaged
     image = Image.new("RGB", (size * zoom, size * zoom), BACKGROUND)
     canvas, unit = ImageDraw.Draw(image), size * zoom / 32
     for cell, (colour, shape) in zip(cells, scene.objects):
         y, x = [(16 + 12 * (i - 1) + rng.uniform(-0.4, 0.4)) * unit for i in cell]
-        r = rng.uniform(3.1, 3.5) * unit        # areas differ, the box of side 2r is the same
+        r = rng.uniform(3.1, 3.5) * unit  # areas differ, the box of side 2r is the same
         box, fill = (x - r, y - r, x + r, y + r), COLOURS[colour]
         if shape == "circle":
             canvas.ellipse(box, fill)
@@ -189,17 +187,14 @@ def draw_scene(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
 class Shapes:
     """A split of the shapes: picture i is a function of (seed, split, i), on any machine."""
 
-    def __init__(self, config: Config, split: str):
-        self.size = config.image_size
-        self.key = (config.seed, ["train", "val"].index(split))
-        rng = np.random.default_rng(self.key)
-        count = getattr(config, f"{split}_images")
+    def __init__(self, config, split):
+        self.size, self.key = config.image_size, (config.seed, int(split == "val"))
+        rng, count = np.random.default_rng(self.key), getattr(config, f"{split}_images")
         self.scenes = [choose_scene(rng, split == "val" and i % 2 == 1) for i in range(count)]
         self.captions = [[scene.caption] for scene in self.scenes]
 
-    def load(self, i: int) -> np.ndarray:
-        rng = np.random.default_rng((*self.key, i))
-        return draw_scene(self.scenes[i], rng, self.size)
+    def load(self, i):
+        return draw_scene(self.scenes[i], np.random.default_rng((*self.key, i)), self.size)
 
 
 # ---- 2. your own pictures, and COCO ----
@@ -211,11 +206,11 @@ def read_picture(path: str | Path) -> Image.Image:
     """Any picture as RGB: upright, 16 bits cut to 8, transparent places white; or UserError."""
     with reading(path, "a picture"), Image.open(path) as image:
         image.load()
-        with suppress(Exception):           # where EXIF data are broken, pixels may be sound
+        with suppress(Exception):  # where EXIF data are broken, pixels may be sound
             image = ImageOps.exif_transpose(image)
-        if image.mode == "F":               # Pillow would clip them to 0 to 255
+        if image.mode == "F":  # Pillow would clip them to 0 to 255
             raise UserError(f"{path} has floating-point pixels: save it with 8 or 16 bits.")
-        if image.mode.startswith("I"):      # 16-bit grey, which Pillow would clip at 255
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
             grey = np.asarray(image).clip(0, 65535) // 256
             image = Image.fromarray(grey.astype(np.uint8))
         elif image.has_transparency_data:
@@ -226,27 +221,27 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 class Pictures:
-    """A split of pictures; `captions` has those of each, and `read` gives an RGB image of a key."""
+    """A split of pictures; `captions` are those of each name, `read` gives its RGB image."""
 
-    def __init__(self, config: Config, captions: dict[str, list[str]], read):
-        self.size, self.read = config.image_size, read
+    def __init__(self, config, captions, read):
+        self.size, self.read = (config.image_size,) * 2, read
         self.names, self.captions = [*captions], [*captions.values()]
 
-    def load(self, i: int) -> np.ndarray:
+    def load(self, i):
         """The central square of picture i, then Lanczos [U-ViT]: (S, S, 3) uint8."""
-        image, size = self.read(self.names[i]), (self.size, self.size)
+        image = self.read(self.names[i])
         side = min(image.size)
         x, y = (image.width - side) // 2, (image.height - side) // 2
         square = image.crop((x, y, x + side, y + side))
-        return np.asarray(square.resize(size, Image.Resampling.LANCZOS))
+        return np.asarray(square.resize(self.size, Image.Resampling.LANCZOS))
 
 
-def clean(text: str) -> str:
+def clean(text):
     """One line, one space between words; what can't be written as UTF-8 becomes a question mark."""
     return " ".join(text.encode(errors="replace").decode().split())
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path):
     with reading(path, "text in UTF-8, or UTF-16 with a byte-order mark"):
         data = path.read_bytes()
         utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -256,9 +251,9 @@ def read_lines(path: Path) -> list[str]:
         return text.split("\n")
 
 
-def read_table(path: Path) -> list[tuple[str, str]]:
+def read_table(path):
     """(name of a picture, caption) of each line of a .jsonl, .csv or captions.txt."""
-    rows, header = [], ["file_name", "text"]
+    pairs, header = [], ["file_name", "text"]
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
@@ -270,21 +265,14 @@ def read_table(path: Path) -> list[tuple[str, str]]:
                 if path.suffix == ".csv":
                     cells = next(csv.reader([line], strict=True))
                     header = cells if number == 1 else header
-                if len(cells) > len(header) and header[-1] == "text":
-                    last = len(header) - 1
-                    cells[last:] = [",".join(cells[last:])]     # a caption without quotes
+                last = len(header) - 1
+                if len(cells) > last and header[last] == "text":  # commas, but no quotes
+                    cells[last:] = [",".join(cells[last:])]
                 row = dict(zip(header, cells, strict=True))
             name, texts = Path(row["file_name"]).as_posix(), row["text"]
             texts = [texts] if isinstance(texts, str) else texts
-            rows += [(name, clean(text)) for text in texts]
-    return rows[1:] if path.suffix == ".csv" else rows
-
-
-def list_pictures(folder: Path) -> list[str]:
-    """The names of the pictures in a folder and below it, except hidden ones."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))]
-    return [name for name in names if Path(name).suffix.lower() in SUFFIXES
-            and "/." not in f"/{name}"]
+            pairs += [(name, clean(text)) for text in texts]
+    return pairs[1:] if path.suffix == ".csv" else pairs
 
 
 def read_captions(folder: Path) -> dict[str, list[str]]:
@@ -293,26 +281,33 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
     A .txt has one caption a line; a .jsonl lines with "file_name" and "text", a caption or a list
     of them; a .csv columns of these names; captions.txt lines of name, tab, caption (sample.py's).
     """
-    patterns = ("[!.]*.jsonl", "[!.]*.csv", "captions.txt")
-    tables = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-    rows = [row for table in tables for row in read_table(table)]
+    tables, pairs = [], []
+    for pattern in ("[!.]*.jsonl", "[!.]*.csv", "captions.txt"):
+        tables += sorted(folder.glob(pattern))
+    for table in tables:
+        pairs += read_table(table)
     for name in list_pictures(folder):
         path = (folder / name).with_suffix(".txt")
         if not tables and path.exists():
-            rows += [(name, clean(line)) for line in read_lines(path)]
+            pairs += [(name, clean(line)) for line in read_lines(path)]
     captions = {}
-    for name, text in rows:
+    for name, text in pairs:
         if text:
             captions.setdefault(name, []).append(text)
     return captions
 
 
-def open_folder(config: Config) -> list[Pictures]:
-    """[training, held-out]; every picture is decoded once to see whether it can be."""
-    folder = Path(config.pictures)
-    captions = read_captions(folder)
+def list_pictures(folder):
+    """The names of the pictures in a folder and below it, except hidden ones."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))]
+    return [name for name in names if Path(name).suffix.lower() in SUFFIXES
+            and "/." not in f"/{name}"]
 
-    names = []
+
+def open_folder(config):
+    """(training, held-out); every picture is decoded once to see whether it can be."""
+    folder, names = Path(config.pictures), []
+    captions = read_captions(folder)
     for name in tqdm(captions, "reading pictures"):
         try:
             read_picture(folder / name)
@@ -325,13 +320,13 @@ def open_folder(config: Config) -> list[Pictures]:
     if len(names) <= count:
         raise UserError(f"{folder} has {len(names)} sound pictures with captions: too few to hold "
                         f"out {count} of them (--val_images) and train on the others.")
-    names.sort(key=lambda name: hashlib.sha256(repr(name).encode()).digest())   # never changes
-    parts = sorted(names[count:])[:config.train_images], sorted(names[:count])
-    return [Pictures(config, {folder / name: captions[name] for name in part}, read_picture)
-            for part in parts]
+    names.sort(key=lambda name: hashlib.sha256(repr(name).encode()).digest())  # never changes
+    splits = sorted(names[count:])[:config.train_images], sorted(names[:count])
+    return [Pictures(config, {folder / name: captions[name] for name in split}, read_picture)
+            for split in splits]
 
 
-def open_coco(config: Config, split: str) -> Pictures:
+def open_coco(config, split):
     """A split of MS-COCO 2014: pictures by image id, captions in their file's order [U-ViT]."""
     texts = zipfile.ZipFile(fetch("annotations_trainval2014.zip", config.downloads))
     content = json.loads(texts.read(f"annotations/captions_{split}2014.json"))
@@ -342,18 +337,18 @@ def open_coco(config: Config, split: str) -> Pictures:
     # the first 30,000 of the validation split are those of the paper's own evaluation
     captioned = ((name, texts) for name, texts in captions.items() if texts)
     chosen = dict(islice(captioned, getattr(config, f"{split}_images")))
-    archive = zipfile.ZipFile(fetch(f"{split}2014.zip", config.downloads))      # is not unpacked
+    archive = zipfile.ZipFile(fetch(f"{split}2014.zip", config.downloads))  # is not unpacked
 
     def read(name):
         with archive.open(f"{split}2014/{name}") as file, Image.open(file) as image:
-            return image.convert("RGB")             # a few are grey
+            return image.convert("RGB")  # a few are grey
     return Pictures(config, chosen, read)
 
 
 # ---- 3. preparing ----
 
-def in_batches(rows):
-    return (rows[i:i + BATCH] for i in range(0, len(rows), BATCH))
+def in_batches(items):
+    return (items[i:i + BATCH] for i in range(0, len(items), BATCH))
 
 
 def load_pictures(source):
@@ -363,16 +358,15 @@ def load_pictures(source):
             yield np.stack([*pool.map(source.load, numbers)])
 
 
-def fill(path: Path, count: int, batches) -> np.ndarray:
+def fill(path, count, batches):
     """An array of `count` rows: kept where it is whole, else made of `batches`."""
     if not path.exists():
         with writing(path) as file, tqdm(total=count, desc=path.stem) as bar:
-            for batch in batches:       # on a full disk a memory map would crash
+            for batch in batches:  # on a full disk a memory map would crash
                 if bar.n == 0:
                     size, free = count * batch[0].nbytes, shutil.disk_usage(path.parent).free
                     if size > free:
-                        raise UserError(f"{path} takes {size:,} bytes, and {free:,} are free: make "
-                                        "room, or name a folder on another disk with --out.")
+                        raise UserError(f"{path} takes {size:,} bytes, and {free:,} are free.")
                     header = {"descr": batch.dtype.str, "fortran_order": False,
                               "shape": (count, *batch.shape[1:])}
                     np.lib.format.write_array_header_1_0(file, header)
@@ -382,7 +376,7 @@ def fill(path: Path, count: int, batches) -> np.ndarray:
         return np.load(path, mmap_mode="c")
 
 
-def measure_scale(moments: np.ndarray) -> float:
+def measure_scale(moments):
     """The factor that gives all latents together a standard deviation of 1."""
     total, squares, n = 0.0, 0.0, moments.size // 2
     for i in range(0, len(moments), 512):
@@ -396,35 +390,34 @@ def measure_scale(moments: np.ndarray) -> float:
     return (squares / n - (total / n) ** 2) ** -0.5
 
 
-def load_frozen(kind: str, choice: str, public: str, load, folder: str):
-    """(network, what finds it again), of public weights or of a file."""
-    path = fetch(public, folder) if choice == kind else Path(choice).absolute()
-    network = load(path).to(choose_device())
-    file = public if choice == kind else str(path)
-    return network, {"kind": kind, "file": file, "sha256": sha256(path), "about": path.name}
-
-
-def load_networks(config: Config):
+def load_networks(config):
     """(autoencoder, text tower, what finds them again); a linear autoencoder is not fitted yet."""
     # the stand-ins stay on the CPU, so that a GPU makes no difference
-    weights, seed, L = config.weights, config.seed, config.context_len
-    if config.autoencoder == "linear":
-        autoencoder = LinearAutoencoder()
-        about = {"kind": "linear", "about": "principal components of 4x4 patches, a stand-in"}
+    autoencoder, about = LinearAutoencoder(), {
+        "kind": "linear", "about": "principal components of 4x4 patches, a stand-in"}
+    if config.autoencoder != "linear":
+        autoencoder, about = load_public("kl", config.autoencoder, "kl-f8.bin", load_vae, config)
+    seed, L = config.seed, config.context_len
+    if config.text_tower != "random":
+        text_tower, about_text = load_public("clip", config.text_tower,
+                                             "clip-vit-large-patch14.bin", load_clip_text, config)
     else:
-        autoencoder, about = load_frozen("kl", config.autoencoder, "kl-f8.bin", load_vae, weights)
-    if config.text_tower == "random":
         text_tower = random_clip_text(seed, L)
         about_text = {"kind": "random", "seed": seed, "context_len": L,
                       "sha256": weights_sha256(text_tower),
                       "about": "small, random and frozen, a stand-in for CLIP's"}
-    else:
-        text_tower, about_text = load_frozen(
-            "clip", config.text_tower, "clip-vit-large-patch14.bin", load_clip_text, weights)
     return autoencoder, text_tower, {"autoencoder": about, "text_tower": about_text}
 
 
-def expect_same(path: Path, made_of: dict):
+def load_public(kind, choice, name, load, config):
+    """(network, what finds it again), of public weights or of a file."""
+    path = fetch(name, config.weights) if choice == kind else Path(choice).absolute()
+    network = load(path).to(choose_device())
+    file = name if choice == kind else str(path)
+    return network, {"kind": kind, "file": file, "sha256": sha256(path), "about": path.name}
+
+
+def expect_same(path, made_of):
     with reading(path, "what a cache is made of; delete its folder, or name another with --out"):
         then = json.loads(path.read_text(encoding="utf-8"))
         if difference := same_data({key: then.get(key) for key in made_of}, made_of):
@@ -433,7 +426,7 @@ def expect_same(path: Path, made_of: dict):
 
 
 @torch.no_grad()
-def prepare(config: Config, made_of: dict, folder: Path):
+def prepare(config, made_of, folder):
     """Write a cache; what an interrupted call left whole is kept."""
     if config.dataset == "folder":
         train, val = open_folder(config)
@@ -442,7 +435,7 @@ def prepare(config: Config, made_of: dict, folder: Path):
         train, val = open_split(config, "train"), open_split(config, "val")
     val.captions = [texts[:1] for texts in val.captions]
     distinct = {text for texts in train.captions + val.captions for text in texts}
-    captions = sorted(distinct | {""})      # "" is the first
+    captions = sorted(distinct | {""})  # "" is the first
     autoencoder, text_tower, networks = load_networks(config)
     made_of = made_of | networks
     record = folder / ".preparing.json"
@@ -457,7 +450,7 @@ def prepare(config: Config, made_of: dict, folder: Path):
     device = torch.device("cpu") if linear else choose_device()
 
     def to_tensor(pictures):
-        return to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device))   # (B, 3, S, S)
+        return to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device))  # (B, 3, S, S)
 
     def encode(pictures):
         return autoencoder.encode(to_tensor(pictures)).cpu().numpy()
@@ -502,7 +495,7 @@ def main(config: Config):
     if not (folder / "meta.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with one_writer(folder, wait=True):
-            if not (folder / "meta.json").exists():     # else another process has prepared it
+            if not (folder / "meta.json").exists():  # else another process has prepared it
                 prepare(config, made_of, folder)
     expect_same(folder / "meta.json", made_of)
     meta = read_cache(folder).meta
@@ -515,34 +508,34 @@ def main(config: Config):
 
 @dataclass
 class Split:
-    moments: np.ndarray             # (N, 2C, h, w) float32
-    pairs: np.ndarray               # (K, 2) of picture and caption row, sorted by picture
+    moments: np.ndarray  # (N, 2C, h, w) float32
+    pairs: np.ndarray  # (K, 2) of picture and caption row, sorted by picture
 
 
 @dataclass
 class Cache:
     """A cache as train.py and evaluate.py read it; large arrays stay on disk until indexed."""
     meta: dict
-    captions: list[str]             # R distinct captions; the first is the empty one
-    text: np.ndarray                # (R, L, E) float16, their features; row 0 is the null context
-    autoencoder: dict               # state dict of the linear autoencoder, or empty
+    captions: list[str]  # R distinct captions; the first is the empty one
+    text: np.ndarray  # (R, L, E) float16, their features; row 0 is the null context
+    autoencoder: dict  # state dict of the linear autoencoder, or empty
     train: Split
     val: Split
-    val_images: np.ndarray          # (M, S, S, 3) uint8, the held-out pictures
+    val_images: np.ndarray  # (M, S, S, 3) uint8, the held-out pictures
 
 
-def digest(content) -> str:
+def digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def describe_file(path: Path) -> list | None:
+def describe_file(path):
     """The size and SHA-256 of a file; of COCO's arrays, up to 53 GB, the size alone."""
     if path.is_file():
         size = path.stat().st_size
         return [size, sha256(path) if size < 2 ** 28 else None]
 
 
-def write_meta(folder: Path, meta: dict):
+def write_meta(folder, meta):
     """Finish a cache: meta.json, with the digests of its files and of itself."""
     paths = [folder / "captions.txt", *sorted(folder.glob("*.np[yz]"))]
     meta = meta | {"files": {path.name: describe_file(path) for path in paths}}
@@ -571,7 +564,7 @@ def read_cache(folder: str | Path) -> Cache:
                  arrays["val_images.npy"])
 
 
-def same_data(meta: dict, other: dict) -> str | None:
+def same_data(meta, other):
     """What differs between two descriptions of data, or None. Floats may differ by rounding."""
     for key in [key for key in {**meta, **other} if key not in ("files", "file", "about")]:
         a, b = meta.get(key), other.get(key)
@@ -585,9 +578,9 @@ def same_data(meta: dict, other: dict) -> str | None:
 
 # ---- 5. public files ----
 
-COCO = "http://images.cocodataset.org"      # http: its certificate doesn't cover a name with dots
+COCO = "http://images.cocodataset.org"  # http: its certificate doesn't cover a name with dots
 HF = "https://huggingface.co"
-FILES = {       # name -> (address, bytes, SHA-256); COCO publishes no hashes: these are mirrors'
+FILES = {  # name -> (address, bytes, SHA-256); COCO publishes no hashes: these are mirrors'
     "annotations_trainval2014.zip": (f"{COCO}/annotations/annotations_trainval2014.zip",
         252_872_794, "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009"),
     "train2014.zip": (f"{COCO}/zips/train2014.zip",
@@ -614,7 +607,7 @@ def fetch(name: str, folder: str | Path) -> Path:
     """The public file `name` in `folder`, downloaded if it is missing, and verified."""
     url, size, expected = FILES[name]
     path = Path(folder, name)
-    if not path.exists() and size < 2 ** 32:            # curl can resume what is larger
+    if not path.exists() and size < 2 ** 32:  # curl can resume what is larger
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), expected)

@@ -104,7 +104,7 @@ class Config(Constants):
     score: bool = True              # shapes: evaluate last.pt at the end
 
     @property
-    def pictures_per_step(self) -> int:
+    def pictures_per_step(self):
         return self.batch_size * self.grad_accum
 
 
@@ -198,7 +198,7 @@ def main(config: Config, draw=None):
 
 # ---- 3. batches ----
 
-def seeded(*key: int, device="cpu") -> torch.Generator:
+def seeded(*key, device="cpu"):
     """A generator for this key, hashed: torch's CPU generator looks at 32 bits of a seed only."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     return torch.Generator(device).manual_seed(seed)
@@ -218,7 +218,7 @@ class Batches:
         number = self.pairs[:, 0].contiguous()  # ascending
         self.first_pair = torch.searchsorted(number, torch.arange(self.pictures + 1))
 
-    def choose(self, index: int, size: int):
+    def choose(self, index, size):
         """(size,) pictures, each once per epoch, and the text row of a caption of each; 0: none."""
         place = torch.arange(index * size, (index + 1) * size)  # in the order of all epochs
         epochs, pictures = place // self.pictures, torch.empty_like(place)
@@ -232,7 +232,7 @@ class Batches:
         dropped = torch.rand(size, generator=generator) < self.config.p_uncond
         return pictures, torch.where(dropped, 0, self.pairs[pair, 1])
 
-    def read(self, index: int) -> list[tuple]:
+    def read(self, index):
         """The batches of step index + 1: z0, eps (B, C, H, W), t (B,), context (B, L, E) of each.
 
         All processes draw the same numbers, and each takes its share.
@@ -255,7 +255,7 @@ class Batches:
             batches.append((z0, eps[mine], t[mine], context))
         return batches
 
-    def stream(self, start: int, stop: int):
+    def stream(self, start, stop):
         """(step, its batches) for start..stop; a thread reads one step ahead."""
         start_thread = None
         if self.device.type == "cuda":  # each thread has a current device
@@ -287,7 +287,7 @@ class HeldOut:
         self.batches = list(zip(*parts))
 
     @torch.no_grad()
-    def loss(self, net) -> float:
+    def loss(self, net):
         losses = []
         for batch in self.batches:
             loss = compute_loss(net, self.alpha_bar, self.precision, *batch)
@@ -297,12 +297,12 @@ class HeldOut:
 
 # ---- 4. processes, data and network ----
 
-def is_first() -> bool:
+def is_first():
     """Whether this process is the one that prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def print0(text: str):
+def print0(text):
     """Print in the first process; a closed terminal or pipe must not stop a run."""
     try:
         if is_first():
@@ -311,7 +311,7 @@ def print0(text: str):
         sys.stdout = open(os.devnull, "w")
 
 
-def start_processes(config: Config) -> tuple[int, int, torch.device]:
+def start_processes(config):
     """(rank, processes, device): one process, or one per GPU under torchrun (on CPUs with gloo)."""
     world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     if config.batch_size % world:
@@ -326,7 +326,7 @@ def start_processes(config: Config) -> tuple[int, int, torch.device]:
     return dist.get_rank(), world, choose_device()
 
 
-def any_process(stop: list) -> bool:
+def any_process(stop):
     """Whether one of the processes is asked to stop: all leave together."""
     asked = torch.tensor(float(bool(stop)))
     if dist.is_initialized():
@@ -334,7 +334,7 @@ def any_process(stop: list) -> bool:
     return bool(asked)
 
 
-def describe_uvit(config: Config, **data) -> UViTConfig:
+def describe_uvit(config, **data):
     """The network's configuration: the constants that it uses, and the sizes of the data."""
     early = ["depth"]
     intermediate = ["n_image", "n_fuse", "n_text", "fuse_shift"]
@@ -343,7 +343,7 @@ def describe_uvit(config: Config, **data) -> UViTConfig:
     return UViTConfig(**data, **{name: getattr(config, name) for name in names})
 
 
-def open_data(config: Config, rank: int) -> tuple[prepare_data.Cache, UViTConfig]:
+def open_data(config, rank):
     """The cache, and a network's configuration that fits it. A first run makes the shapes."""
     missing = not Path(config.data, "meta.json").exists()
     if rank == 0 and missing and config.data == Config.data:
@@ -357,7 +357,7 @@ def open_data(config: Config, rank: int) -> tuple[prepare_data.Cache, UViTConfig
                                 context_len=context_len, context_dim=context_dim)
 
 
-def start_network(config: Config, uvit: UViTConfig, device, precision):
+def start_network(config, uvit, device, precision):
     """(net, ema, optimizer, scaler) before the first step."""
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
@@ -373,7 +373,7 @@ def start_network(config: Config, uvit: UViTConfig, device, precision):
     return net, ema, optimizer, torch.amp.GradScaler(device.type, init_scale=scale)
 
 
-def wrap_network(net: UViT, config: Config, device: torch.device, warm_up):
+def wrap_network(net, config, device, warm_up):
     """The network, compiled where that pays, and shared by all processes.
 
     "auto" compiles on CUDA what does 1e16 multiply-adds or more: a guess, not yet measured.
@@ -396,7 +396,7 @@ def wrap_network(net: UViT, config: Config, device: torch.device, warm_up):
 
 # ---- 5. reports ----
 
-def print_facts(config: Config, net: UViT, data: Batches, meta: dict, precision):
+def print_facts(config, net, data, meta, precision):
     uvit, giga = net.config, sum(count_multiply_adds(net.config)) / 1e9
     parameters = sum(p.numel() for p in net.parameters())
     size, window = config.pictures_per_step, uvit.window
@@ -412,7 +412,7 @@ def print_facts(config: Config, net: UViT, data: Batches, meta: dict, precision)
 
 
 @contextmanager
-def optional(what: str):
+def optional(what):
     """Only the last checkpoint may stop a run: `what` fails with a word, and training continues."""
     try:
         yield
@@ -432,23 +432,23 @@ class Report:
         self.lines = [self.COLUMNS]  # of log.csv
         self.losses, self.norms = [], []  # since the last measurement
 
-    def state_dict(self) -> dict:
+    def state_dict(self):
         seconds = time.perf_counter() - self.began
         return {"best": self.best, "skipped": self.skipped, "seconds": seconds,
                 "lines": self.lines}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state):
         self.best, self.skipped = state["best"], state["skipped"]
         self.lines = state["lines"]
         self.began -= state["seconds"]
 
-    def restart_clock(self, step: int):
+    def restart_clock(self, step):
         """Drawing and saving are not training time."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.step, self.clock = step, time.perf_counter()
 
-    def measure(self, step: int, rate: float):
+    def measure(self, step, rate):
         """A line for log.csv, printed too; the loss is a mean over the steps since the last one."""
         losses = torch.stack(self.losses)
         finite = torch.stack(self.norms).isfinite()
@@ -473,7 +473,7 @@ class Report:
         self.lines.append([step, seconds, loss, rate, norm, speed, self.skipped, None, None])
         self.losses, self.norms = [], []
 
-    def judge(self, raw: float, ema: float) -> bool:
+    def judge(self, raw, ema):
         """Note the held-out losses; True if that of the EMA is the lowest so far."""
         print0(f"           held-out loss {raw:.4f}, of the EMA {ema:.4f}")
         self.lines[-1][-2:] = raw, ema
@@ -481,7 +481,7 @@ class Report:
         self.best = min(ema, self.best)
         return lowest
 
-    def write_log(self, step: int):
+    def write_log(self, step):
         if is_first():
             with optional("log.csv"), writing(self.folder / "log.csv", "w") as file:
                 csv.writer(file, lineterminator="\n").writerows(self.lines)
@@ -500,7 +500,7 @@ class SampleGrid:
         self.autoencoder = load_autoencoder(cache.meta["autoencoder"], cache.autoencoder,
                                             config.weights).to(device)
 
-    def draw(self, step: int, net: UViT, ema: UViT, folder: Path):
+    def draw(self, step, net, ema, folder):
         count, pictures, labels = len(self.captions), [], []
         for name, weights in ("raw", net), ("EMA", ema):
             z = sample.sample_latents(weights, self.context, torch.arange(count),
@@ -517,7 +517,7 @@ class SampleGrid:
 # ---- 6. the run and its files ----
 
 @contextmanager
-def open_run(config: Config, rank: int):
+def open_run(config, rank):
     """Yields (config, folder, stop) of a new run or of one to resume, and holds its lock.
 
     `stop` is a list that the first Ctrl-C, SIGTERM or closed terminal fills; the second ends the
@@ -550,7 +550,7 @@ def open_run(config: Config, rank: int):
             signal.signal(number, handler)
 
 
-def load_run(path, config: Config, parts: dict, meta: dict) -> int:
+def load_run(path, config, parts, meta):
     """Load a checkpoint into the parts of a run; the step it was saved at; UserError."""
     state = read_checkpoint(path)
     with reading(path, "a run of train.py to resume"):
@@ -580,7 +580,7 @@ def load_run(path, config: Config, parts: dict, meta: dict) -> int:
         return state["step"]
 
 
-def save_checkpoint(folder, parts, config: Config, cache, name: str, step: int):
+def save_checkpoint(folder, parts, config, cache, name, step):
     """Whole or not at all: whatever happens, the checkpoint before stays."""
     if not is_first():
         return
@@ -596,7 +596,7 @@ def save_checkpoint(folder, parts, config: Config, cache, name: str, step: int):
         file.write(content.getbuffer())
 
 
-def finish(config: Config, folder: Path, step: int, cache, device, stop: list):
+def finish(config, folder, step, cache, device, stop):
     """Say how to resume a stopped run; score one that has ended, and say how to draw."""
     if not is_first():
         return

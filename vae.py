@@ -47,7 +47,7 @@ def sample_latent(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def in_chunks(network, x: torch.Tensor) -> torch.Tensor:
+def in_chunks(network, x):
     """network(x) in float32, CHUNK images at a time; FloatingPointError if NaN comes out."""
     with torch.autocast(x.device.type, enabled=False):  # float16 gives black
         y = torch.cat([network(part.float()) for part in x.split(CHUNK)])
@@ -116,7 +116,7 @@ def middle(width):
 class KLAutoencoder(nn.Module):
     """The f8 autoencoder [LDM]. The defaults are the real one's: 83,653,863 parameters."""
 
-    def __init__(self, channels: int = 128, multipliers: tuple = (1, 2, 4, 4), blocks: int = 2):
+    def __init__(self, channels=128, multipliers=(1, 2, 4, 4), blocks=2):
         super().__init__()
         widths = [channels * multiplier for multiplier in multipliers]
         deepest = widths[-1]
@@ -182,7 +182,7 @@ class LinearAutoencoder(nn.Module):
         self.components.copy_(U * V ** -0.25)
         return self
 
-    def cut(self, x: torch.Tensor) -> torch.Tensor:
+    def cut(self, x):
         """(B, 3, H, W) -> patches (B, H/4, W/4, 48), each in the order (channel, row, column)."""
         return x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)
 
@@ -248,7 +248,7 @@ def load_vae(path: str | Path) -> KLAutoencoder:
     return load_strictly(vae, state, path).eval().requires_grad_(False)
 
 
-def load_autoencoder(description: dict, state: dict | None, folder: str | Path) -> nn.Module:
+def load_autoencoder(description, state, folder):
     """That of a cache or checkpoint: {"kind": "linear"}, of `state`, or {"kind": "kl"}, a file."""
     if description["kind"] == "linear":
         return load_strictly(LinearAutoencoder(), state, "the stored state").eval()

@@ -153,7 +153,8 @@ def test_fid_of_inception_equals_the_plain_formula(weights):
     noise = np.random.default_rng(1).normal(0, 40, real.shape)
     worse = (real + noise).clip(0, 255).astype(np.uint8)
     x, y = [features_of(scorer.inception, pictures) for pictures in (real, worse)]
-    assert scorer.embed(worse)[0] == pytest.approx(plain_fid(x, y), rel=1e-5)
+    found = scorer.score(scorer.embed(worse), FIRST)["fid"]
+    assert found == pytest.approx(plain_fid(x, y), rel=1e-5)
     assert plain_fid(x, y) > 1
 
 
@@ -258,7 +259,7 @@ def test_samples_of_other_weights_or_captions_are_not_taken_for_ours(quick, draw
     write_cache("data/other", captions=[["a cat"], *CAPTIONS[1:]])
     quick(n=2, data="data/other")
     assert drawn[2:] == [["a cat", "two dogs"]]
-    assert (new / "captions.txt").read_text() == "00000.png\ta cat\n00001.png\ttwo dogs\n"
+    assert len({*Path("runs/eval").glob("step*")}) == 3
 
 
 class Killed(BaseException):
@@ -266,17 +267,13 @@ class Killed(BaseException):
 
 
 def killed_before(picture: int):
-    """`save_pictures` of a process that ends before this picture, with half a line of its index."""
+    """`save_pictures` of a process that ends before this picture."""
     save = sample.save_pictures
 
-    def save_some(folder, first, pictures, captions, seeds, settings):
-        n = picture - first
-        if n >= len(pictures):
-            return save(folder, first, pictures, captions, seeds, settings)
-        save(folder, first, pictures[:n], captions[:n], seeds[:n], settings)
-        with open(folder / "captions.txt", "a") as file:
-            file.write(f"{picture:05d}.png\ta b")
-        raise Killed
+    def save_some(folder, names, *rest):
+        save(folder, [name for name in names if name < f"{picture:05d}"], *rest)
+        if names[-1] >= f"{picture:05d}":
+            raise Killed
     return save_some
 
 
@@ -389,13 +386,12 @@ def test_eval_json_carries_its_whole_protocol(quick, weights, capsys):
     protocol = result["protocol"]
     expected = {
         "pictures": N, "captions": "first of each picture", "data": "data/coco", "steps": 2, "seed": 0,
-        "guidance_scale": 2, "guidance": "eps_uncond + w (eps_cond - eps_uncond)",
-        "sampler": "DPM-Solver++(2M)", "step": 1_000_000, "raw": False,
+        "guidance_scale": 2, "sampler": "DPM-Solver++(2M), eps_uncond + w (eps_cond - eps_uncond)", "step": 1_000_000, "raw": False,
         "checkpoint": "runs/small.pth", "reference": "all held-out pictures of data/coco",
         "reference_sha256": sha256("data/coco/val_images.npy"),
         "inception_sha256": sha256("few.pth"), "clip_sha256": sha256(weights / CLIP)}
     assert expected.items() <= protocol.items()
-    assert protocol["autoencoder"]["file"] == "kl-f8.bin" and "299" in protocol["resize"]
+    assert protocol["trained_on"]["autoencoder"]["file"] == "kl-f8.bin" and "299" in protocol["resize"]
     printed = capsys.readouterr().out
     assert "warning: not comparable with FID-30k" in printed
     row, ceiling, floor = rows_of(printed)
@@ -421,7 +417,7 @@ def test_several_checkpoints_and_scales_stand_in_one_table(quick, drawn, capsys)
     ({"data": "data/none"}, "data/none/meta.json is missing"),
     ({"data": "data/larger"}, "small.pth was not trained on pictures as in data/larger"),
     ({"data": "data/own"}, "small.pth was not trained on pictures as in data/own"),
-    ({"raw": True}, "holds no raw weights"), ({"sweep": "1,two"}, "--guidance_scale=two"),
+    ({"raw": True}, "has no raw weights"), ({"sweep": "1,two"}, "--guidance_scale=two"),
     ({"sweep": "1,,2"}, "--guidance_scale="), ({"guidance_scale": 1e308}, "--guidance_scale=1e+308"),
     ({"n": 1}, "score two or more"), ({"checkpoint": "no.pth"}, "no.pth is missing"),
     ({"checkpoint": ""}, " is not a file"), ({"checkpoint": "runs"}, "runs is not a file")], ids=str)

@@ -87,8 +87,8 @@ def write(content):
 
 FOREIGN = {     # name -> how it is made, what its refusal says
     "missing": (lambda path: None, "is missing: expected a checkpoint"),
-    "folder": (lambda path: path.mkdir(), "is no file: expected a checkpoint"),
-    "pipe": (os.mkfifo, "is no file: expected a checkpoint"),
+    "folder": (lambda path: path.mkdir(), "is not a file: expected a checkpoint"),
+    "pipe": (os.mkfifo, "is not a file: expected a checkpoint"),
     "dead link": (lambda path: path.symlink_to("nowhere"), "is missing"),
     "empty": (write(b""), "EOFError"), "letter": (write(b"a"), "can't be read"),
     "text": (write(b"import torch"), "not of torch.save"),

@@ -483,9 +483,9 @@ def test_the_whole_house_from_the_command_line():
     assert "python sample.py --checkpoint=out/house/last.pt" in printed
     assert Path("out/house/samples/step_000006.png").exists()
     call("sample.py", "--checkpoint=out/house/last.pt", "--prompt=one red circle", "--n=2",
-         "--steps=2", "--gif=True")
+         "--steps=2")
     assert sorted(path.name for path in Path("out/house/generated/0001").iterdir()) == \
-        ["00000.png", "00001.png", "captions.txt", "denoising.gif", "grid.png"]
+        ["00000.png", "00001.png", "captions.txt", "grid.png"]
     printed = call("evaluate.py", "--checkpoint=out/house/last.pt", "--data=data/tiny", "--n=10",
                    "--steps=2")
     assert "real pictures (ceiling)" in printed and Path("out/house/eval.json").exists()
