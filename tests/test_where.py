@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clip_text
 import model
@@ -166,8 +167,11 @@ def test_the_words_of_a_prompt_share_out_all_its_tokens(prompt):
 
 
 def looks(folder):
-    """The where.json of a folder, if its two pictures are there, too."""
-    assert {path.name for path in folder.iterdir()} == {"where.json", "where.png", "words.png"}
+    """The where.json of a folder, if its pictures are there, too."""
+    assert {path.name for path in folder.iterdir()} == {
+        "where.json", "where.png", "words.png", "denoising.gif"}
+    with Image.open(folder / "denoising.gif") as film:
+        assert film.n_frames == 2                           # one for each step
     return json.loads((folder / "where.json").read_text())
 
 

@@ -1,4 +1,4 @@
-"""Where does text act in a trained network? Three looks into its attention.
+"""Where does text act in a trained network? Three looks into its attention, and a film.
 
     python tests/where.py --checkpoint=out/shapes/last.pt
     python tests/where.py --checkpoint=out/early/last.pt --prompt="a red circle above a blue square"
@@ -18,8 +18,10 @@ softmax gives it, and of the text's part alone, with rows that add up to 1.
 3 Word maps: a picture is drawn, and the attention from each of its patches to each word of the
 prompt is averaged over heads and solver steps [IF, section 4.6].
 
-The folder where/ next to the checkpoint then holds where.json, where.png (1 and 2) and words.png
-(3). Works for each model, also for the official weights. [IF] arXiv 2403.16530
+4 The film: what the network takes for the picture, x0, at each step of the solver.
+
+The folder where/ next to the checkpoint then holds where.json, where.png (1 and 2), words.png (3)
+and denoising.gif (4). Works for each model, also for the official weights. [IF] arXiv 2403.16530
 """
 import sys
 from contextlib import contextmanager
@@ -37,10 +39,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import clip_text
 import model
+import sample
 from model import (Constants, FilePath, Natural, Size, UserError, UViT, add_noise, noise_schedule,
                    run, write_json)
 from prepare_data import Cache, read_cache
-from sample import GuidanceScale, Pipeline, SolverSteps
+from sample import GuidanceScale, Pipeline, SolverSteps, draw_grid, dpm_solver_pp_2m
 from vae import sample_latent
 
 
@@ -253,7 +256,26 @@ def draw_word_maps(picture: np.ndarray, maps: dict[int, np.ndarray], words: list
     return figure
 
 
-# ---- 6. from a checkpoint ----
+# ---- 6. the film ----
+
+def draw_film(pipeline: Pipeline, captions: list[str], config: Config) -> list:
+    """A frame for each solver step: x0 = (z - sigma eps) / alpha of each caption."""
+    found, log_alpha = [], 0.5 * noise_schedule().log().numpy()
+
+    def watched_solver(predict_noise, zT, steps):
+        def watched(z, t):
+            eps = predict_noise(z, t)
+            log = np.interp(t[0].item(), np.arange(1001), log_alpha)
+            found.append((z - np.sqrt(-np.expm1(2 * log)) * eps) / np.exp(log))
+            return eps
+        return dpm_solver_pp_2m(watched, zT, steps)
+    with patch.object(sample, "dpm_solver_pp_2m", watched_solver):
+        seeds = [config.seed + i for i in range(len(captions))]
+        pipeline.draw(captions, seeds, config.steps, config.guidance_scale)
+    return [draw_grid(pipeline.decode(x0), captions, columns=6) for x0 in found]
+
+
+# ---- 7. from a checkpoint ----
 
 def read_pairs(pipeline: Pipeline, cache: Cache, number: int):
     """Held-out latents z0 and noise eps (number, C, H, W), and context (number, L, E)."""
@@ -299,11 +321,16 @@ def main(config: Config):
     write_json(folder / "where.json", result)
     draw_results(result).savefig(folder / "where.png", dpi=120)
     draw_word_maps(picture, maps, words).savefig(folder / "words.png", dpi=120)
+    texts = list(dict.fromkeys(cache.val.pairs[:, 1].tolist()))[:6]
+    frames = draw_film(pipeline, [cache.captions[text] for text in texts], config)
+    frames[0].save(folder / "denoising.gif", save_all=True, append_images=frames[1:], loop=0,
+                   duration=[80] * (len(frames) - 1) + [1500])      # ms
     for i in uvit.window:
         lost = "  ".join(f"{100 * share:4.0f}%" for share in result["lost_if_hidden"][i])
         print(f"block {i}: hiding the text costs {lost} of its benefit at t = {LEVELS}; "
               f"rank {result['rank'][i]:.2f}")
-    print(f"Numbers are in {folder / 'where.json'}; look at where.png and words.png next to it.")
+    print(f"Numbers are in {folder / 'where.json'}; look at where.png, words.png "
+          "and denoising.gif next to it.")
 
 
 if __name__ == "__main__":
