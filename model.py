@@ -462,10 +462,12 @@ def find_weights(description, folder, what):
     path, expected = Path(folder, description["file"]), description.get("sha256")
     if not path.is_file():
         path = Path(folder, path.name)  # if it was a full path, on another machine
-    if not path.is_file() or expected and sha256(path) != expected:
-        raise UserError(f"{path} is missing or has another SHA-256: expected {what} that the data "
-                        f"was encoded with, of SHA-256 {expected or 'unknown'} (addresses of "
-                        "public weights: FILES in prepare_data.py).")
+    wrong = None if path.is_file() else "is missing"
+    if expected and not wrong and sha256(path) != expected:
+        wrong = "has another SHA-256"
+    if wrong:
+        raise UserError(f"{path} {wrong}: expected {what} of the data, of SHA-256 "
+                        f"{expected or 'unknown'} (public ones: FILES in prepare_data.py).")
     return path
 
 

@@ -56,8 +56,7 @@ def close(a, b):
 # ---- resume ----
 
 @pytest.mark.parametrize("changes", [
-    {}, {"fusion": "early", "conditioning": "cross_attention", "grad_accum": 2,
-         "precision": "bfloat16"}])
+    {}, {"fusion": "early", "conditioning": "cross_attention", "grad_accum": 2}])
 def test_three_steps_and_three_after_a_resume_are_six_bit_for_bit(changes, monkeypatch):
     train.main(tiny(name="whole", **changes))
     with monkeypatch.context() as context:
@@ -184,11 +183,10 @@ def test_accumulated_batches_equal_one_batch():
     assert close(weights("one"), weights("four"))
 
 
-@pytest.mark.parametrize("grad_accum", [1, 2])
-def test_two_processes_equal_one_with_the_same_batch(grad_accum):
-    train.main(tiny(name="one", grad_accum=grad_accum))
+def test_two_processes_equal_one_with_the_same_batch():
+    train.main(tiny(name="one", grad_accum=2))
     arguments = [f"--{key}={value}"
-                 for key, value in (TINY | {"name": "two", "grad_accum": grad_accum}).items()]
+                 for key, value in (TINY | {"name": "two", "grad_accum": 2}).items()]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc_per_node=2", ROOT / "train.py", *arguments],
                    check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -201,7 +199,7 @@ def test_two_processes_equal_one_with_the_same_batch(grad_accum):
 @pytest.mark.parametrize("fusion", ["early", "intermediate"])
 @pytest.mark.parametrize("conditioning", ["concat", "cross_attention"])
 def test_each_of_the_four_models_trains_from_the_same_constants(fusion, conditioning):
-    train.main(tiny(steps=2, fusion=fusion, conditioning=conditioning))
+    train.main(tiny(steps=1, fusion=fusion, conditioning=conditioning, precision="bfloat16"))
     assert read_checkpoint("out/run/last.pt")["uvit"].fusion == fusion
 
 

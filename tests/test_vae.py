@@ -230,7 +230,7 @@ def test_a_file_of_lightning_loads_if_it_holds_weights_alone(compvis, tmp_path):
     torch.save(wrapped, tmp_path / "last.ckpt")
     assert_equal_to(reference, vae.load_vae(tmp_path / "last.ckpt"))
     torch.save(wrapped | {"callbacks": tmp_path}, tmp_path / "last.ckpt")
-    with pytest.raises(UserError, match="holds a Python object"):
+    with pytest.raises(UserError, match="or more than weights"):
         vae.load_vae(tmp_path / "last.ckpt")
 
 
@@ -244,7 +244,7 @@ def test_an_unreadable_file_is_refused(reference, tmp_path):
             with pytest.raises(UserError, match="cut can't be read .*damaged"):
                 vae.load_vae(tmp_path / "cut")
     (tmp_path / "page.pth").write_text("\n<!DOCTYPE html><html>Sign in</html>")
-    with pytest.raises(UserError, match="page.pth is not weights but HTML"):
+    with pytest.raises(UserError, match="page.pth: this is HTML"):
         vae.load_vae(tmp_path / "page.pth")
     with pytest.raises(UserError, match="absent.pth is missing"):
         vae.load_vae(tmp_path / "absent.pth")
@@ -287,7 +287,7 @@ def test_a_description_loads_its_own_autoencoder_and_no_other(compvis, tmp_path)
     for description in ({"kind": "kl", "file": "kl.pth"},
                         {"kind": "kl", "file": "kl.pth", "sha256": digest}):
         assert_equal_to(reference, vae.load_autoencoder(description, None, tmp_path))
-    with pytest.raises(UserError, match="kl.pth has another SHA-256: .*abc; put"):
+    with pytest.raises(UserError, match="kl.pth has another SHA-256: .*abc"):
         vae.load_autoencoder({"kind": "kl", "file": "kl.pth", "sha256": "abc"}, None, tmp_path)
 
 
