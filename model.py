@@ -364,6 +364,8 @@ def reading(path, expected):
     except UserError as error:
         known = str(path) in str(error)
         raise error if known else UserError(f"{path}: {error}") from None
+    except PermissionError:
+        raise UserError(f"{path}: permission denied.") from None
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path} can't be read as {expected}: it is damaged, incomplete or of "
@@ -400,6 +402,7 @@ def one_writer(folder, wait=False):
     It is SQLite's lock of a file, which works on every system and dies with its process.
     """
     path = Path(folder, ".lock")
+    path.touch()  # or the true reason why it can't be
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as lock:
         while not lock.in_transaction:
             try:  # in memory: a kill leaves no journal

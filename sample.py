@@ -22,7 +22,6 @@ captions.txt and grid.png.
 import itertools
 import math
 import textwrap
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -133,13 +132,13 @@ class Pipeline:
             text_tower = load_text_tower(self.meta["text_tower"], weights)
             autoencoder = load_autoencoder(self.meta["autoencoder"],
                                            checkpoint["autoencoder"], weights)
-            self.null_context = checkpoint["null_context"]  # (L, E)
-            if self.null_context is not None:
-                net.encode_text(self.null_context[None].float())  # an error if it can't be
+            null_context = checkpoint["null_context"]  # (L, E)
+            if null_context is None:
+                length = net.config.context_len
+                null_context = encode_captions(text_tower, [""], length)[0][0]
+            net.encode_text(null_context[None].float())  # an error if it can't be
         self.net, self.text_tower = net.to(self.device), text_tower.to(self.device)
-        self.autoencoder = autoencoder.to(self.device)
-        if self.null_context is None:
-            self.null_context = self.encode([""])[0]
+        self.autoencoder, self.null_context = autoencoder.to(self.device), null_context
 
     def encode(self, captions):
         """Captions -> (B, L, E)."""

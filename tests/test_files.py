@@ -155,6 +155,14 @@ def test_nothing_in_a_file_is_run(read):
         refusal(name, read)
 
 
+def test_what_may_not_be_read_is_not_called_damaged(monkeypatch):
+    def deny(*_):
+        raise PermissionError(13, "Permission denied")
+    Path("last.pt").touch()
+    monkeypatch.setattr("builtins.open", deny)
+    assert refusal("last.pt") == "last.pt: permission denied."
+
+
 # ---- damage ----
 
 def noticed_or_harmless(path: Path, damaged: bytes, content) -> bool:
