@@ -31,7 +31,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 from unittest.mock import patch
@@ -49,7 +48,7 @@ import train
 import where
 from model import (Constants, FilePath, Positive, UserError, choose_device, count_multiply_adds,
                    one_writer, run, write_json, writing)
-from prepare_data import BACKGROUND, Scene, draw_scene, scene_of, unseen_scenes
+from prepare_data import BACKGROUND, Scene, choose_scene, draw_scene, scene_of
 from sample import sample_latents
 from vae import load_autoencoder, to_uint8
 
@@ -157,7 +156,7 @@ def read_curve(folder: Path) -> list[dict]:
 # ---- 2. the second task ----
 
 def draw_anywhere(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
-    """The picture of a scene, but each object is in any cell of 3x3, by chance."""
+    """The picture of a scene, but its objects are in cells of 3x3 by chance, not in reading order."""
     picture = np.full((size, size, 3), BACKGROUND, np.uint8)
     for cell, kind in zip(rng.permutation(9), scene.objects):
         alone = draw_scene(Scene(((1, *kind),)), rng, size)             # in the first cell
@@ -166,24 +165,18 @@ def draw_anywhere(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarr
     return picture
 
 
-@cache
-def pairs_of_objects() -> list[Scene]:
-    """Such as "one red circle and one blue square"; only seen ones.
-
-    Of the others one object would be of a colour and shape that no picture of training shows.
-    """
-    return [scene for scene in scene_of().values() if len(scene.groups) == 2
-            and len(scene.objects) == 2 and not scene.relation and scene not in unseen_scenes()]
-
-
-def choose_pair(rng: np.random.Generator, unseen: bool) -> Scene:
-    return pairs_of_objects()[rng.integers(len(pairs_of_objects()))]
+def choose_groups(rng: np.random.Generator, unseen: bool) -> Scene:
+    """Such as "three red circles and two blue squares": all scenes but the relations."""
+    while True:
+        scene = choose_scene(rng, unseen)
+        if not scene.relation:
+            return scene
 
 
 def prepare(task: str) -> str:
     """The folder of the task's data, which is made if it is missing."""
     config = prepare_data.Config(**TASKS[task][0])
-    changes = {"draw_scene": draw_anywhere, "choose_scene": choose_pair}
+    changes = {"draw_scene": draw_anywhere, "choose_scene": choose_groups}
     if not Path(config.out, "meta.json").exists():
         with patch.multiple(prepare_data, **changes) if task == "anywhere" else nullcontext():
             prepare_data.main(config)
