@@ -404,6 +404,7 @@ def one_writer(folder, wait=False):
     path = Path(folder, ".lock")
     path.touch()  # or the true reason why it can't be
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as lock:
+        waiting = False
         while not lock.in_transaction:
             try:  # in memory: a kill leaves no journal
                 lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")
@@ -411,8 +412,10 @@ def one_writer(folder, wait=False):
                 if not wait:
                     raise UserError(f"{folder} is being written by another process: wait until "
                                     "it has ended, or choose another name.") from None
-                print(f"waiting for the other process that writes {folder} ...")
-                time.sleep(2)
+                if not waiting:
+                    print(f"waiting for the other process that writes {folder} ...")
+                waiting = True
+                time.sleep(0.1)  # SQLite's own waiting ignores Ctrl-C
         yield
 
 

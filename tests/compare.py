@@ -2,11 +2,11 @@
 
     python tests/compare.py                                     # the four models, five seeds
     python tests/compare.py --models=positions --seeds=4 --until=2400
-    python tests/compare.py --models=positions --seeds=3 --task=anywhere
+    python tests/compare.py --models=positions --seeds=3 --task=what
     python tests/compare.py --models=all --report --to=assets   # trains nothing: tables, figures
     python tests/compare.py --sweep=out/shapes/eval             # draws the --sweep of evaluate.py
 
-Every 300 steps the EMA draws the same held-out captions, 160 of them and 500 after the last step,
+Every 300 steps (100 of the easier task "what") the EMA draws the same held-out captions, 160 of them and 500 after the last step,
 from the same noise (picture i has seed i), and the detector of evaluate.py reads the pictures. So
 each run is a curve: the share that is right in everything, against steps or multiply-adds (3 for
 each of a forward pass, the text path included).
@@ -48,7 +48,7 @@ import train
 import where
 from model import (Constants, FilePath, Positive, UserError, choose_device, count_multiply_adds,
                    one_writer, run, write_json, writing)
-from prepare_data import BACKGROUND, Scene, choose_scene, draw_scene, scene_of
+from prepare_data import Scene, scene_of, unseen_scenes
 from sample import sample_latents
 from vae import load_autoencoder, to_uint8
 
@@ -75,12 +75,13 @@ GROUPS = {
     "text": ["notext", "intermediate-concat", "text1", "text4", "wide-notext", "wide-text2"]}
 TASKS = {       # name -> (constants of prepare_data.py, constants of train.py)
     "shapes": ({}, {}),
-    "anywhere": ({"out": "data/anywhere"}, {}),         # the text says what, but not where
+    "what": ({"out": "data/what"}, {}),                 # nine alike: the text says what, not where
     "S": ({"out": "data/shapes64", "image_size": 64, "context_len": 77},    # wants a GPU
           {"width": 512, "heads": 8, "depth": 13, "n_image": 4, "n_text": 4, "init_std": 0.02,
            "batch_size": 256, "steps": 3600, "learning_rate": 5e-4, "warmup": 500})}
 BASE = "early-concat"
 LEVELS = (0.8, 0.9, 0.95)
+EVERY = {"shapes": 300, "what": 100, "S": 300}          # steps between two looks
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Config(Constants):
     models: str = "four"            # a group of them, or names, separated by commas
     seeds: Positive = 5             # 0, 1, ...
     until: Positive | None = None   # stop at this step of the schedule; None: at its end
-    task: Literal["shapes", "anywhere", "S"] = "shapes"
+    task: Literal["shapes", "what", "S"] = "shapes"
     processes: Positive = 2         # runs at a time, with one thread each
     report: bool = False            # True: train nothing
     to: FilePath = "out/compare"    # folder of the report
@@ -98,7 +99,7 @@ class Config(Constants):
 
 # ---- 1. the measure ----
 
-EVERY, ON_THE_WAY, AT_THE_END = 300, 160, 500           # steps, captions, captions
+ON_THE_WAY, AT_THE_END = 160, 500                       # captions
 
 
 class Examination:
@@ -155,30 +156,19 @@ def read_curve(folder: Path) -> list[dict]:
 
 # ---- 2. the second task ----
 
-def draw_anywhere(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
-    """The picture of a scene, but its objects are in cells of 3x3 by chance, not in reading order."""
-    picture = np.full((size, size, 3), BACKGROUND, np.uint8)
-    for cell, kind in zip(rng.permutation(9), scene.objects):
-        alone = draw_scene(Scene(((1, *kind),)), rng, size)             # in the first cell
-        shift = np.multiply(divmod(cell, 3), 12 * size // 32)
-        picture = np.minimum(picture, np.roll(alone, shift, axis=(0, 1)))   # objects are darker
-    return picture
-
-
-def choose_groups(rng: np.random.Generator, unseen: bool) -> Scene:
-    """Such as "three red circles and two blue squares": all scenes but the relations."""
-    while True:
-        scene = choose_scene(rng, unseen)
-        if not scene.relation:
-            return scene
+def choose_nine(rng: np.random.Generator, unseen: bool) -> Scene:
+    """Such as "nine red circles": the text says what, and the layout is always the same."""
+    nine = [scene for scene in scene_of().values()
+            if scene.groups[0][0] == 9 and (scene in unseen_scenes()) == unseen]
+    return nine[rng.integers(len(nine))]
 
 
 def prepare(task: str) -> str:
     """The folder of the task's data, which is made if it is missing."""
     config = prepare_data.Config(**TASKS[task][0])
-    changes = {"draw_scene": draw_anywhere, "choose_scene": choose_groups}
+    changed = patch.object(prepare_data, "choose_scene", choose_nine)
     if not Path(config.out, "meta.json").exists():
-        with patch.multiple(prepare_data, **changes) if task == "anywhere" else nullcontext():
+        with changed if task == "what" else nullcontext():
             prepare_data.main(config)
     return config.out
 
@@ -210,9 +200,10 @@ def train_run(config: Config, name: str, seed: int):
         path, choice = folder / "run", TASKS[config.task][1] | MODELS[name]
         if not (path / "last.pt").exists():
             shutil.rmtree(path, ignore_errors=True)     # it was stopped before its first step
+        every = EVERY[config.task]
         constants = train.Config(
             data=prepare(config.task), name=path.relative_to("out").as_posix(), seed=seed,
-            resume=path.exists(), draw_every=EVERY, validate_every=EVERY, save_every=EVERY,
+            resume=path.exists(), draw_every=every, validate_every=every, save_every=every,
             score=False, **choice)
         facts = {"name": name, "seed": seed, "choice": choice, "steps": constants.steps,
                  "batch_size": constants.batch_size * constants.grad_accum,

@@ -28,7 +28,7 @@ def tiny(monkeypatch):
     def sample_latents(*inputs):                        # in 2 steps of the solver, not 20
         return sample.sample_latents(*inputs[:-2], 2, inputs[-1])
     monkeypatch.setattr(compare, "sample_latents", sample_latents)
-    monkeypatch.setattr(compare, "EVERY", 2)
+    monkeypatch.setitem(compare.EVERY, "shapes", 2)
     monkeypatch.setattr(compare, "ON_THE_WAY", 4)
     monkeypatch.setattr(compare, "AT_THE_END", 6)
 
@@ -119,19 +119,17 @@ def test_an_unknown_model_is_refused(constants):
 
 # ---- the second task ----
 
-def test_anywhere_shows_groups_in_any_cells_and_the_detector_reads_them(monkeypatch):
-    monkeypatch.setitem(compare.TASKS, "anywhere",
-                        ({"out": "data/anywhere", "train_images": 90, "val_images": 60}, {}))
-    cache = prepare_data.read_cache(compare.prepare("anywhere"))
+def test_the_second_task_says_what_and_fixes_the_layout(monkeypatch):
+    monkeypatch.setitem(compare.TASKS, "what",
+                        ({"out": "data/what", "train_images": 90, "val_images": 60}, {}))
+    cache = prepare_data.read_cache(compare.prepare("what"))
     captions = [cache.captions[row] for row in cache.val.pairs[:, 1]]
     scenes = [scene_of()[caption] for caption in captions]
-    assert not any(scene.relation for scene in scenes)
+    assert all(len(scene.objects) == 9 and len({*scene.objects}) == 1 for scene in scenes)
     assert [scene in unseen_scenes() for scene in scenes] == [False, True] * 30
+    assert len({*cache.captions}) == 1 + 18
     assert evaluate.score_shapes(cache.val_images, captions)["seen"]["everything"] == 1
-    cells = {(round(y / 12 - 1 / 3), round(x / 12 - 1 / 3)) for picture in cache.val_images
-             for _, _, y, x in evaluate.detect_objects(picture)}
-    assert len(cells) == 9
-    assert prepare_data.draw_scene.__module__ == "prepare_data"     # all is as before
+    assert prepare_data.choose_scene.__module__ == "prepare_data"   # all is as before
 
 
 # ---- figures ----
