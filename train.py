@@ -184,7 +184,7 @@ def main(config: Config, draw=None):
                     with optional("best.pt"):
                         save("best.pt", step)
                 report.write_log(step)
-            if is_first() and (last or step % config.draw_every == 0):
+            if FIRST and (last or step % config.draw_every == 0):
                 with optional("the sample grid"):
                     draw(step, net, ema, folder)
                 report.restart_clock(step)
@@ -297,15 +297,13 @@ class HeldOut:
 
 # ---- 4. processes, data and network ----
 
-def is_first():
-    """Whether this process is the one that prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
+FIRST = os.environ.get("RANK", "0") == "0"  # the process that prints and writes
 
 
 def print0(text):
     """Print in the first process; a closed terminal or pipe must not stop a run."""
     try:
-        if is_first():
+        if FIRST:
             print(text, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")
@@ -482,7 +480,7 @@ class Report:
         return lowest
 
     def write_log(self, step):
-        if is_first():
+        if FIRST:
             with optional("log.csv"), writing(self.folder / "log.csv", "w") as file:
                 csv.writer(file, lineterminator="\n").writerows(self.lines)
         self.restart_clock(step)
@@ -582,7 +580,7 @@ def load_run(path, config, parts, meta):
 
 def save_checkpoint(folder, parts, config, cache, name, step):
     """Whole or not at all: whatever happens, the checkpoint before stays."""
-    if not is_first():
+    if not FIRST:
         return
     checkpoint = {"format": CHECKPOINT_FORMAT, "step": step}
     checkpoint |= {name: part.state_dict() for name, part in parts.items()}
@@ -598,7 +596,7 @@ def save_checkpoint(folder, parts, config, cache, name, step):
 
 def finish(config, folder, step, cache, device, stop):
     """Say how to resume a stopped run; score one that has ended, and say how to draw."""
-    if not is_first():
+    if not FIRST:
         return
     if device.type == "cuda":
         print0(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
