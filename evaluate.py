@@ -521,7 +521,8 @@ def main(config: Config):
     else:
         results = [evaluate_checkpoint(job, captions, scorer, cache) for job in jobs]
     n = results[0]["protocol"]["pictures"]
-    print(f"\n{n:,} pictures\n")
+    unit = "; % right of seen / unseen combinations" if shapes else ""
+    print(f"\n{n:,} pictures{unit}\n")
     bounds = [{"name": name, "scores": scores} for name, scores in scorer.bounds.items()]
     print_table([format_row(result) for result in results + bounds])
     if not shapes and min(n, len(cache.val_images)) < 30_000:

@@ -443,7 +443,7 @@ def read_safetensors(path):
 
 def read_weights(path):
     """The dict in a torch or .safetensors file, told apart by content. Nothing in it can run."""
-    with reading(path, "a file of weights (addresses of public ones: FILES in prepare_data.py)"):
+    with reading(path, "a file of weights"):
         with open(path, "rb") as file:
             start = file.read(64)
         if start[8:9] == b"{":

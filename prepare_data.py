@@ -316,10 +316,10 @@ def open_folder(config):
             print(clean(f"skipped: {error}"))
     silent = {*list_pictures(folder)} - {*captions}
     print(f"skipped: {len(silent):,} pictures without a caption")
-    count = config.val_images or min(1000, math.ceil(len(names) / 10))
+    count = config.val_images or min(1000, max(1, math.ceil(len(names) / 10)))
     if len(names) <= count:
-        raise UserError(f"{folder} has {len(names)} sound pictures with captions: too few to hold "
-                        f"out {count} of them (--val_images) and train on the others.")
+        raise UserError(f"{folder} has {len(names)} sound pictures with captions: expected more "
+                        f"than the {count} that are held out (--val_images).")
     names.sort(key=lambda name: hashlib.sha256(repr(name).encode()).digest())  # never changes
     splits = sorted(names[count:])[:config.train_images], sorted(names[:count])
     return [Pictures(config, {folder / name: captions[name] for name in split}, read_picture)
@@ -421,8 +421,8 @@ def expect_same(path, made_of):
     with reading(path, "what a cache is made of; delete its folder, or name another with --out"):
         then = json.loads(path.read_text(encoding="utf-8"))
         if difference := same_data({key: then.get(key) for key in made_of}, made_of):
-            raise UserError(f"{path.parent} holds other data: {difference}. Delete it, or name "
-                            "another folder with --out.")
+            raise UserError(f"{path} is of other data: {difference}. Delete its folder, or name "
+                            "another with --out.")
 
 
 @torch.no_grad()
@@ -545,14 +545,14 @@ def write_meta(folder, meta):
 def read_cache(folder: str | Path) -> Cache:
     """Open a finished cache; UserError for anything else."""
     folder = Path(folder)
-    path, advice = folder / "meta.json", f"delete {folder} and prepare it again."
-    with reading(path, f"a finished cache: run prepare_data.py, or, if it is damaged, {advice}"):
+    path, advice = folder / "meta.json", f"delete {folder} and prepare it again"
+    with reading(path, f"a finished cache (run prepare_data.py, or if there is one, {advice})"):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != CACHE_FORMAT or meta.pop("sha256") != digest(meta):
-            raise UserError(f"{path} is damaged, edited or not {CACHE_FORMAT}: {advice}")
+            raise UserError(f"{path} is damaged, edited or not {CACHE_FORMAT}: {advice}.")
     for name, facts in meta["files"].items():
         if describe_file(folder / name) != facts:
-            raise UserError(f"{folder / name} is missing, damaged or of another cache: {advice}")
+            raise UserError(f"{folder / name} is missing, damaged or of another cache: {advice}.")
     arrays = {name: np.load(folder / name, mmap_mode="c") for name in meta["files"]
               if name != "captions.txt"}
     autoencoder = {key: torch.from_numpy(value)

@@ -608,7 +608,7 @@ def finish(config, folder, step, cache, device, stop):
               "guidance_scale": config.guidance_scale}
     scoring = evaluate.Config(**shared, data=config.data, steps=config.sample_steps)
     drawing = sample.Config(**shared, prompt=cache.captions[cache.val.pairs[0, 1]])
-    print0(f"The run is whole and saved. Score it with:\n  {command('evaluate.py', scoring)}")
+    print0(f"The run is whole and saved. Its score:\n  {command('evaluate.py', scoring)}")
     if config.score and cache.meta["dataset"] == "shapes" and not stop:
         evaluate.main(scoring)
     print0(f"Look at {folder / 'samples'}; then draw with:\n  {command('sample.py', drawing)}")

@@ -103,7 +103,7 @@ def test_a_run_says_that_it_is_saved_before_it_is_scored(monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         train.main(tiny(steps=2, score=True))
     printed = capsys.readouterr().out
-    assert "whole and saved. Score it with:" in printed
+    assert "whole and saved. Its score:" in printed
     assert " --checkpoint=out/run/last.pt --data=data/tiny --steps=2\n" in printed
 
 
