@@ -392,29 +392,25 @@ def measure_scale(moments):
 
 def load_networks(config):
     """(autoencoder, text tower, what finds them again); a linear autoencoder is not fitted yet."""
+    def load_public(kind, choice, name, load):
+        path = fetch(name, config.weights) if choice == kind else Path(choice).absolute()
+        network = load(path).to(choose_device())
+        file = name if choice == kind else str(path)
+        return network, {"kind": kind, "file": file, "sha256": sha256(path), "about": path.name}
+
     # the stand-ins stay on the CPU, so that a GPU makes no difference
-    autoencoder, about = LinearAutoencoder(), {
-        "kind": "linear", "about": "principal components of 4x4 patches, a stand-in"}
+    vae = LinearAutoencoder()
+    about = {"kind": "linear", "about": "principal components of 4x4 patches, a stand-in"}
     if config.autoencoder != "linear":
-        autoencoder, about = load_public("kl", config.autoencoder, "kl-f8.bin", load_vae, config)
-    seed, L = config.seed, config.context_len
+        vae, about = load_public("kl", config.autoencoder, "kl-f8.bin", load_vae)
+    tower = random_clip_text(config.seed, config.context_len)
+    about_text = {"kind": "random", "seed": config.seed, "context_len": config.context_len,
+                  "sha256": weights_sha256(tower),
+                  "about": "small, random and frozen, a stand-in for CLIP's"}
     if config.text_tower != "random":
-        text_tower, about_text = load_public("clip", config.text_tower,
-                                             "clip-vit-large-patch14.bin", load_clip_text, config)
-    else:
-        text_tower = random_clip_text(seed, L)
-        about_text = {"kind": "random", "seed": seed, "context_len": L,
-                      "sha256": weights_sha256(text_tower),
-                      "about": "small, random and frozen, a stand-in for CLIP's"}
-    return autoencoder, text_tower, {"autoencoder": about, "text_tower": about_text}
-
-
-def load_public(kind, choice, name, load, config):
-    """(network, what finds it again), of public weights or of a file."""
-    path = fetch(name, config.weights) if choice == kind else Path(choice).absolute()
-    network = load(path).to(choose_device())
-    file = name if choice == kind else str(path)
-    return network, {"kind": kind, "file": file, "sha256": sha256(path), "about": path.name}
+        name = "clip-vit-large-patch14.bin"
+        tower, about_text = load_public("clip", config.text_tower, name, load_clip_text)
+    return vae, tower, {"autoencoder": about, "text_tower": about_text}
 
 
 def expect_same(path, made_of):
