@@ -41,7 +41,7 @@ from clip_text import (CLIP_FILE, CLIPTransformer, encode_captions, load_clip_te
 from model import (Constants, FilePath, Natural, Positive, Size, UserError, choose_device,
                    choose_precision, load_strictly, one_writer, read_weights, reading, run, sha256,
                    write_json)
-from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Cache, Scene, digest, fetch,
+from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Scene, digest, fetch,
                           read_cache, read_captions, read_picture, scene_of, unseen_scenes)
 from sample import GuidanceScale, Pipeline, SolverSteps, save_pictures, write_captions
 
