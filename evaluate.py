@@ -14,8 +14,8 @@ stands where it should), everything (each object asked is there once, nothing el
     FID         |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of Inception features           [FID]
     CLIP score  cosine x 100 between CLIP's features of a picture and of its caption    [CLIPScore]
 
-The FID is against all held-out pictures of the cache. The ceiling is the score of as many real
-pictures, the floor theirs with shuffled captions. What is drawn stays in out/NAME/eval/, to resume
+The FID is against all held-out pictures of the cache. The ceiling is the score of as many of these
+(of all: FID 0), the floor theirs with shuffled captions. What is drawn stays in out/NAME/eval/, to resume
 or use again, with scores and protocol in eval.json; that in out/NAME/ is a copy of the latest.
 
 [FID] arXiv 1706.08500   [CLIP] arXiv 2103.00020   [CLIPScore] arXiv 2104.08718
@@ -399,6 +399,7 @@ class RealScorer:
 def score_bounds(scorer, cache, pictures, captions):
     """Real pictures with their captions are a ceiling, with those of unlike ones the floor."""
     real = scorer.embed([cache.val_images[i] for i in pictures])
+    # of shapes the next, which is unseen if this is seen; of COCO far away, as some repeat
     shift = 1 if cache.meta["dataset"] == "shapes" else len(captions) // 2
     others = captions[shift:] + captions[:shift]
     return {"real pictures (ceiling)": scorer.score(real, captions),
@@ -447,16 +448,12 @@ def score_pictures(name, paths, captions, scorer, cache):
             "protocol": protocol | scorer.protocol}
 
 
-def evaluate_folder(config, scorer, cache):
-    """Score anybody's pictures."""
-    folder = Path(config.folder)
-    captions = dict(islice(read_captions(folder).items(), config.n))
-    if not captions:
-        raise UserError(f"{folder} holds no pictures with captions.")
-    paths = [folder / name for name in captions]
+def evaluate_folder(config, captions, scorer, cache):
+    """Score anybody's pictures, of name -> captions."""
+    paths = [Path(config.folder, name) for name in captions]
     texts = [first for first, *_ in captions.values()]
     result = score_pictures(config.folder, paths, texts, scorer, cache)
-    home = Path(config.out or folder)
+    home = Path(config.out or config.folder)
     home.mkdir(parents=True, exist_ok=True)
     write_json(home / "eval.json", result)
     return result
@@ -513,11 +510,16 @@ def main(config: Config):
     scales = str(config.sweep or config.guidance_scale).split(",")
     jobs = [replace(config, checkpoint=path.strip(), guidance_scale=w)
             for path in config.checkpoint.split(",") for w in scales]
+    if config.folder:
+        theirs = dict(islice(read_captions(Path(config.folder)).items(), config.n))
+        if not theirs:
+            raise UserError(f"{config.folder} holds no pictures with captions.")
+        config = replace(config, n=len(theirs))
     pictures, captions = choose_prompts(cache, config)
     scorer = ShapesScorer() if shapes else RealScorer(cache, config)
     scorer.bounds = score_bounds(scorer, cache, pictures, captions)
     if config.folder:
-        results = [evaluate_folder(config, scorer, cache)]
+        results = [evaluate_folder(config, theirs, scorer, cache)]
     else:
         results = [evaluate_checkpoint(job, captions, scorer, cache) for job in jobs]
     n = results[0]["protocol"]["pictures"]

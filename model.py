@@ -136,7 +136,10 @@ class Block(nn.Module):
             self.skip_linear = nn.Linear(2 * width, width)
 
     def merge(self, x, skip):
-        """Merge (B, S, D) with a skip (B, S', D) on the tokens of both, the first min(S, S')."""
+        """Merge (B, S, D) with a skip (B, S', D) on the tokens of both, the first min(S, S').
+
+        If the window is shifted, one of them may also have text, which stays as it is.
+        """
         n = min(x.shape[1], skip.shape[1])
         merged = self.skip_linear(torch.cat([x[:, :n], skip[:, :n]], dim=-1))
         return torch.cat([merged.to(x.dtype), x[:, n:]], dim=1)  # stays float32 in autocast
@@ -150,7 +153,7 @@ class Block(nn.Module):
 
 @dataclasses.dataclass
 class UViTConfig:
-    """What a UViT is made of, or UserError."""
+    """What a UViT is made of; raises UserError where that is impossible."""
     fusion: Literal["early", "intermediate"]  # where text meets the image
     conditioning: Literal["concat", "cross_attention"]  # how
     depth: Size = 13  # early: blocks in the stack, all of which see the text
@@ -169,10 +172,11 @@ class UViTConfig:
     def __post_init__(self):
         Constants.__post_init__(self)
         if self.blocks % 2 == 0:
-            raise UserError(f"{self.blocks} blocks: expected an odd number (depth, or n_fuse).")
+            raise UserError(f"{self.blocks} blocks: expected an odd number (--depth of early, "
+                            "2 n_image + n_fuse of intermediate fusion).")
         if self.window.start < 0 or self.window.stop > self.blocks:
-            raise UserError(f"fuse_shift={self.fuse_shift}: expected at most n_image="
-                            f"{self.n_image}, or the window would leave the stack.")
+            raise UserError(f"fuse_shift={self.fuse_shift}: expected {-self.n_image} to "
+                            f"{self.n_image} (n_image), or the window would leave the stack.")
         if self.image_size % self.patch_size:
             raise UserError(f"patch_size={self.patch_size}: expected a divisor of the latent's "
                             f"side, {self.image_size}.")
@@ -453,7 +457,7 @@ def read_weights(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():  # compares checksums
-                    raise UserError("the file is damaged: fetch or copy it again.")
+                    raise UserError("the file is damaged: take another copy of it.")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:  # its message advises to trust the file
@@ -598,16 +602,25 @@ def parse_arguments(Config, arguments):
     return Config(**{name: value for name, [value] in vars(given).items()})
 
 
+def describe(Config):
+    """The constants of a Config as `--help` shows them: default, choices, comment."""
+    def show(match):
+        name, choices, default = match.groups("")
+        return f"    {f'--{name}={default} {choices}':<36}"
+    lines = inspect.getsource(Config).partition(":\n")[2].partition("\n\n")[0]
+    return re.sub(r"^    (\w+): (?:Literal(\[.*?\])|.*?) = (\".*?\"|\S+) *", show, lines,
+                  flags=re.MULTILINE)
+
+
 def run(main, Config: type):
     """Run one script: parse its command line, call `main(config)`, answer a mistake in one line."""
     for stream in (sys.stdout, sys.stderr):  # a log shows where a run is; any prompt is printed
         stream.reconfigure(line_buffering=True, errors="replace")
     try:
         if {"--help", "-h"} & {*sys.argv}:
-            source = inspect.getsource(Config).partition(":\n")[2]
-            constants = re.sub(r"^    (\w+): .*? = ", r"    --\1=", source, flags=re.MULTILINE)
-            return print(inspect.getmodule(Config).__doc__.strip(), "\n\nConstants (edit them in "
-                         "the file, or override with --key=value):\n\n" + constants)
+            print(inspect.getmodule(Config).__doc__)
+            print("Constants (edit them in the file, or override with --key=value):\n")
+            return print(describe(Config))
         main(parse_arguments(Config, sys.argv[1:]))
     except UserError as error:
         sys.exit(" ".join(f"error: {error}".split()))

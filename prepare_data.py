@@ -75,7 +75,8 @@ class Config(Constants):
         if self.image_size % 32:
             raise UserError(f"--image_size={self.image_size}: expected a multiple of 32.")
         if (self.dataset == "folder") != bool(self.pictures):
-            raise UserError("--dataset=folder and --pictures=DIR belong together.")
+            raise UserError(f"--dataset={self.dataset} --pictures={self.pictures}: expected a "
+                            "folder of pictures with --dataset=folder, and only then.")
 
 
 REAL = {"autoencoder": "kl", "text_tower": "clip", "image_size": 256, "context_len": 77}
@@ -281,6 +282,8 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
     A .txt has one caption a line; a .jsonl lines with "file_name" and "text", a caption or a list
     of them; a .csv columns of these names; captions.txt lines of name, tab, caption (sample.py's).
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: expected a folder of pictures with captions.")
     tables, pairs = [], []
     for pattern in ("[!.]*.jsonl", "[!.]*.csv", "captions.txt"):
         tables += sorted(folder.glob(pattern))
@@ -314,8 +317,8 @@ def open_folder(config):
             names.append(name)
         except UserError as error:
             print(clean(f"skipped: {error}"))
-    silent = {*list_pictures(folder)} - {*captions}
-    print(f"skipped: {len(silent):,} pictures without a caption")
+    if silent := {*list_pictures(folder)} - {*captions}:
+        print(f"skipped: {len(silent):,} pictures without a caption")
     count = config.val_images or min(1000, max(1, math.ceil(len(names) / 10)))
     if len(names) <= count:
         raise UserError(f"{folder} has {len(names)} sound pictures with captions: expected more "

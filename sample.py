@@ -12,6 +12,8 @@ alone, on the prompt and the null context in one batch:
     x0  = (zt - sigma eps) / alpha                  the picture, if the noise were right
     z'  = sigma'/sigma zt - alpha' (e^-h - 1) D     D: x0, corrected with the last one     [DPM++]
 
+where ' is the next step, and h the way to it in log(alpha / sigma).
+
 Picture i has a noise generator of its own, seeded with seed + i: the same seed gives the same
 picture whatever the batch. Each call makes a new folder, out/NAME/generated/0001 and so on, and
 overwrites nothing: 00000.png, 00001.png, ... (their metadata hold prompt, seed and settings),
@@ -58,7 +60,7 @@ class Config(Constants):
 # ---- 1. the solver ----
 
 def dpm_solver_pp_2m(predict_noise, zT: torch.Tensor, steps: int) -> torch.Tensor:
-    """From t = 1000 to t = 1 in `steps` equal steps of time [DPM++, algorithm 2].
+    """From t = 1000 to 1, where no noise is seen, in `steps` equal steps [DPM++, algorithm 2].
 
     `predict_noise(z, t)` gets z (B, ...) and t (B,). Between whole t, log alpha is interpolated.
     The first step has no step before it, and the last is by far the longest in log-SNR, so that the
@@ -168,7 +170,6 @@ def main(config: Config):
     numbered = (home / f"{number:04d}" for number in itertools.count(1))
     folder = new_folder([Path(config.out)] if config.out else numbered)
     names = [f"{i:05d}.png" for i in range(config.n)]
-    write_captions(folder, names, [config.prompt] * config.n)
 
     weights = "raw" if config.raw else "EMA"
     settings = {"guidance_scale": config.guidance_scale, "steps": config.steps,
@@ -182,6 +183,7 @@ def main(config: Config):
         save_pictures(folder, names[part], drawn, prompts, seeds[part], settings)
         if i < 64:  # what grid.png shows
             pictures.append(drawn)
+    write_captions(folder, names, [config.prompt] * config.n)
     labels = [f"seed {seed}" for seed in seeds[:64]]
     columns = min(8, math.ceil(math.sqrt(config.n)))
     draw_grid(torch.cat(pictures)[:64], labels, columns).save(folder / "grid.png")

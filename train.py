@@ -77,15 +77,15 @@ class Config(Constants):
     heads: Size = 4
     # optimisation
     steps: Positive = 3300
-    batch_size: Positive = 32       # pictures at a time, over all GPUs
+    batch_size: Positive = 32       # pictures in a batch, over all GPUs
     grad_accum: Positive = 1        # batches per step
     learning_rate: Share = 3e-3     # U-ViT: 2e-4, for a million steps
     warmup: Natural = 200           # steps from 0 to the full rate
-    cooldown: Share = 1.0           # share of the steps, the last, with a falling rate; U-ViT: 0
+    cooldown: Share = 1.0           # last share of the steps, in which the rate falls; U-ViT: 0
     beta: Annotated[float, 0, 0.9999] = 0.9     # both of AdamW's [U-ViT]
     weight_decay: Share = 0.03      # of every parameter [U-ViT]
     grad_clip: Annotated[float, 0, 1e9] = 1.0   # largest norm of a gradient; 0: any, as U-ViT
-    t_power: Annotated[float, 0.01, 100] = 0.4  # t = 1000 u^t_power; U-ViT: 1, less noise
+    t_power: Annotated[float, 0.01, 100] = 0.4  # t = 1000 u^t_power; below 1: more noise; U-ViT: 1
     p_uncond: Share = 0.1           # share of the pairs without text [CFG]
     ema_decay: Share = 0.999        # U-ViT: 0.9999
     init_std: Share = 0.06          # of linear weights; U-ViT: 0.02, at width 512
@@ -152,7 +152,7 @@ def main(config: Config, draw=None):
         step = load_run(folder / "last.pt", config, parts, cache.meta) if config.resume else 0
         print_facts(config, net, data, cache.meta, precision)
         wrapped = wrap_network(net, config, device, lambda compiled: compute_loss(
-            compiled, alpha_bar, precision, *data.read(step)[0]).backward())
+            compiled, alpha_bar, precision, *data.read(step)[0]).backward())  # only if compiled
         optimizer.zero_grad()
         save = partial(save_checkpoint, folder, parts, config, cache)
         save("last.pt", step)  # tests that the disk is writable
@@ -219,7 +219,7 @@ class Batches:
         self.first_pair = torch.searchsorted(number, torch.arange(self.pictures + 1))
 
     def choose(self, index, size):
-        """(size,) pictures, each once per epoch, and the text row of a caption of each; 0: none."""
+        """(size,) pictures, each once per epoch, and a caption's text row of each; 0: the empty."""
         place = torch.arange(index * size, (index + 1) * size)  # in the order of all epochs
         epochs, pictures = place // self.pictures, torch.empty_like(place)
         for epoch in epochs.unique().tolist():
@@ -273,7 +273,7 @@ class HeldOut:
     def __init__(self, cache, config, alpha_bar, precision):
         self.alpha_bar, self.precision = alpha_bar, precision
         pairs = torch.from_numpy(cache.val.pairs)[:config.validation_images]
-        pairs = pairs.repeat(math.ceil(100 / len(pairs)), 1)  # few pictures: at more t each
+        pairs = pairs.repeat(math.ceil(100 / len(pairs)), 1)  # few: each at several t
         self.size = len(pairs)  # (size, 2): picture, text row
         generator = torch.Generator().manual_seed(0)
         moments = torch.from_numpy(cache.val.moments[pairs[:, 0].numpy()])
@@ -530,6 +530,7 @@ def open_run(config, rank):
         numbered = (Path(f"{folder}-{number}") for number in itertools.count(2))
         folder = sample.new_folder(itertools.chain([folder], numbered))
         config = replace(config, name=folder.relative_to("out").as_posix())
+        print0(f"{folder} is the folder of this run; --name={config.name} --resume resumes it")
 
     def ask(number, _):
         if stop:

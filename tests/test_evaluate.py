@@ -349,7 +349,9 @@ def test_any_kind_of_picture_and_any_layout_of_captions_is_read(quick):
                 picture = picture.astype(np.uint16) * 256
             Image.fromarray(picture).save(Path(folder, f"{i}.png"))
     assert quick(folder="deep")["scores"] == quick(folder="shallow")["scores"]
-    assert quick(folder="deep", n=2)["protocol"]["pictures"] == 2
+    two = quick(folder="deep", n=2)
+    assert two["protocol"]["pictures"] == 2
+    assert two["bounds"] == quick(n=2)["bounds"]            # of as many real pictures
 
 
 def broken_folder(kind: str):

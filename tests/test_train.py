@@ -167,10 +167,11 @@ def test_a_resumed_log_has_every_step_once_whatever_was_done_to_it():
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["step", *"123456"]
 
 
-def test_a_new_run_never_writes_over_an_old_one():
+def test_a_new_run_never_writes_over_an_old_one_and_says_where_it_is(capsys):
     train.main(tiny(steps=1))
     before = Path("out/run/last.pt").read_bytes()
     train.main(tiny(steps=1, seed=1))
+    assert "out/run-2 is the folder of this run; --name=run-2 --resume" in capsys.readouterr().out
     assert Path("out/run/last.pt").read_bytes() == before
     assert read_checkpoint("out/run-2/last.pt")["config"]["name"] == "run-2"
 
