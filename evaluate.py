@@ -39,10 +39,10 @@ from tqdm import tqdm
 from clip_text import (CLIP_FILE, CLIPTransformer, encode_captions, load_clip_text, read_tower,
                        weights_sha256)
 from model import (Constants, FilePath, Natural, Positive, Size, UserError, choose_device,
-                   choose_precision, load_strictly, one_writer, read_weights, reading, run, sha256,
-                   write_json)
-from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Scene, digest, fetch,
-                          read_cache, read_captions, read_picture, scene_of, unseen_scenes)
+                   choose_precision, load_strictly, one_writer, read_checkpoint,
+                   read_weights, reading, run, sha256, write_json)
+from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Scene, digest, fetch, read_cache,
+                          read_captions, read_picture, scene_of, unseen_scenes)
 from sample import GuidanceScale, Pipeline, SolverSteps, save_pictures, write_captions
 
 
@@ -459,12 +459,18 @@ def evaluate_folder(config, captions, scorer, cache):
     return result
 
 
+def expect_same_data(config, cache):
+    path = config.checkpoint
+    with reading(path, "a checkpoint of train.py"):
+        meta = read_checkpoint(path)["meta"]
+        if any(meta[key] != cache.meta[key] for key in ("dataset", "image_size")):
+            raise UserError(f"{path} was not trained on pictures as in {config.data}: name its "
+                            "own --data.")
+
+
 def evaluate_checkpoint(config, captions, scorer, cache):
     """Draw and score; the latest eval.json is also the checkpoint's."""
     pipeline = Pipeline(config.checkpoint, config.raw, config.weights)
-    if any(pipeline.meta[key] != cache.meta[key] for key in ("dataset", "image_size")):
-        raise UserError(f"{config.checkpoint} was not trained on pictures "
-                        f"as in {config.data}: name its own --data.")
     step, w, weights = pipeline.step, config.guidance_scale, weights_sha256(pipeline.net)
     made_of = digest([weights, cache.meta["files"]])[:8]
     home = Path(config.out or Path(config.checkpoint).parent)
@@ -515,6 +521,9 @@ def main(config: Config):
         if not theirs:
             raise UserError(f"{config.folder} holds no pictures with captions.")
         config = replace(config, n=len(theirs))
+    else:
+        for job in jobs:  # before anything is fetched
+            expect_same_data(job, cache)
     pictures, captions = choose_prompts(cache, config)
     scorer = ShapesScorer() if shapes else RealScorer(cache, config)
     scorer.bounds = score_bounds(scorer, cache, pictures, captions)
