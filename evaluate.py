@@ -15,8 +15,9 @@ stands where it should), everything (each object asked is there once, nothing el
     CLIP score  cosine x 100 between CLIP's features of a picture and of its caption    [CLIPScore]
 
 The FID is against all held-out pictures of the cache. The ceiling is the score of as many of these
-(of all: FID 0), the floor theirs with shuffled captions. What is drawn stays in out/NAME/eval/, to resume
-or use again, with scores and protocol in eval.json; that in out/NAME/ is a copy of the latest.
+(of all: FID 0), the floor theirs with shuffled captions. What is drawn stays in out/NAME/eval/, to
+resume or use again, with scores and protocol in eval.json; that in out/NAME/ is a copy of the
+latest.
 
 [FID] arXiv 1706.08500   [CLIP] arXiv 2103.00020   [CLIPScore] arXiv 2104.08718
 """
