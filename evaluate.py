@@ -1,10 +1,10 @@
 """Score pictures: are they what their caption says, and do they look real?
 
-    python evaluate.py --checkpoint=out/shapes/last.pt  # 500 held-out captions
-    python evaluate.py --checkpoint=out/early/last.pt,out/shapes/last.pt  # several, in one table
+    python evaluate.py --checkpoint=out/shapes/last.pt                      # 500 held-out captions
+    python evaluate.py --checkpoint=out/early/last.pt,out/shapes/last.pt    # several, in one table
     python evaluate.py --checkpoint=out/shapes/last.pt --sweep=1,1.5,2,3,5  # several w
     python evaluate.py --checkpoint=out/coco/best.pt --data=data/coco --steps=50 --guidance_scale=2
-    python evaluate.py --folder=pictures --data=data/coco  # anybody's pictures, with captions
+    python evaluate.py --folder=pictures --data=data/coco       # anybody's pictures, with captions
 
 Shapes are scored exactly, by a detector that reads the objects off each picture. Right are its
 count (as many as asked), colour and shape (those asked and no others), relation (the first object

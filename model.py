@@ -258,21 +258,21 @@ class UViT(nn.Module):
         zt (B, C, H, W), t (B,) in 1..1000, text -> predicted noise (B, C, H, W).
         """
         time_pos, _, image_pos = self.positions()
-        time = timestep_embedding(t, self.config.width)[:, None]  # (B, 1, D)
-        image = self.patch_embed["proj"](zt).flatten(2).mT  # (B, N, D)
+        time = timestep_embedding(t, self.config.width)[:, None]    # (B, 1, D)
+        image = self.patch_embed["proj"](zt).flatten(2).mT          # (B, N, D)
         x = torch.cat([time + time_pos, image + image_pos], dim=1)  # (B, 1+N, D)
 
         skips, middle = [], len(self.in_blocks)
         for i, block in enumerate(self.in_blocks):
             x = self.fuse(i, block, x, text)
-            skips.append(x)  # for block depth-1-i
+            skips.append(x)                                         # for block depth-1-i
         x = self.fuse(middle, self.mid_block, x, text)
         for i, block in enumerate(self.out_blocks, start=middle + 1):
             x = block.merge(x, skips.pop())
             x = self.fuse(i, block, x, text)
 
-        x = self.decoder_pred(self.norm(x[:, 1:]))  # (B, N, P*P*C)
-        return self.final_layer(self.unpatchify(x))  # (B, C, H, W)
+        x = self.decoder_pred(self.norm(x[:, 1:]))                  # (B, N, P*P*C)
+        return self.final_layer(self.unpatchify(x))                 # (B, C, H, W)
 
     def fuse(self, i, block, x, text):
         """Block i of the stack on x (B, 1+N, D); inside the window it also sees the text."""
@@ -282,10 +282,10 @@ class UViT(nn.Module):
         if self.config.conditioning == "cross_attention":
             return block(x, text[:, i - window.start])
         if i == window.start:
-            x = torch.cat([x, text], dim=1)  # (B, 1+N+L, D) text enters
+            x = torch.cat([x, text], dim=1)                         # (B, 1+N+L, D) text enters
         x = block(x)
         if i == window.stop - 1:
-            x = x[:, :-text.shape[1]]  # (B, 1+N, D) text leaves
+            x = x[:, :-text.shape[1]]                               # (B, 1+N, D) text leaves
         return x
 
     def unpatchify(self, x):

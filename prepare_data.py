@@ -1,7 +1,7 @@
 """Pictures and captions -> data/NAME/, a cache of latents and text features for train.py.
 
-    python prepare_data.py  # captioned shapes (train.py runs this)
-    python prepare_data.py --dataset=coco  # MS-COCO: 20 GB to fetch, 62 GB cached
+    python prepare_data.py                                  # captioned shapes (train.py runs this)
+    python prepare_data.py --dataset=coco                   # MS-COCO: 20 GB to fetch, 62 GB cached
     python prepare_data.py --dataset=folder --pictures=DIR  # your own pictures and captions
 
     pictures --crop, resize--> (3, S, S) --autoencoder--> moments (2C, h, w)
