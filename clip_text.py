@@ -162,7 +162,7 @@ def random_clip_text(seed: int, context_len: int) -> CLIPText:
     """The stand-in for the shapes: a small text tower with random weights, a function of `seed`."""
     # Uniform numbers of 24 bits, in a range of a power of two, are the same on every machine
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):   # layers draw, too
+    with torch.random.fork_rng(devices=[]):  # layers draw, too
         tower = CLIPText(64, 2, 2, 64, context_len)
     # Embeddings outweigh what the untrained blocks add: a feature still tells its word
     bounds = {"token_embedding.weight": 2, "positional_embedding": 1}
@@ -170,7 +170,7 @@ def random_clip_text(seed: int, context_len: int) -> CLIPText:
         if parameter.ndim == 2:
             bound = bounds.get(name, 1 / 8)
             nn.init.uniform_(parameter, -bound, bound, generator)
-        elif name.endswith("bias"):   # layer norms' weights are 1
+        elif name.endswith("bias"):  # norms' weights are 1
             nn.init.zeros_(parameter)
     return tower.eval().requires_grad_(False)
 

@@ -385,7 +385,7 @@ def wrap_network(net, config, device, warm_up):
         try:
             warm_up(compiled)
             net = compiled
-        except Exception as error:  # whatever goes wrong in a compiler must not cost the run
+        except Exception as error:  # it must not cost the run
             print0(f"torch.compile failed and is off ({type(error).__name__}: {error!s:.200}).")
     if dist.is_initialized():
         net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
@@ -589,7 +589,7 @@ def save_checkpoint(folder, parts, config, cache, name, step):
                    "meta": cache.meta, "latent_scale": cache.meta["latent_scale"],
                    "autoencoder": cache.autoencoder,
                    "null_context": torch.from_numpy(cache.text[0])}
-    content = io.BytesIO()  # torch.save would hide why a file can't be written
+    content = io.BytesIO()  # torch.save hides what goes wrong
     torch.save(checkpoint, content)
     with writing(folder / name) as file:
         file.write(content.getbuffer())
@@ -604,7 +604,7 @@ def finish(config, folder, step, cache, device, stop):
     if step < config.steps:
         again = command("train.py", config, resume=True)
         return print0(f"Stopped at step {step:,}; resume with: {again}")
-    import evaluate  # here: whoever reads the method need not have read it
+    import evaluate  # here: who reads the method need not read it
     shared = {"checkpoint": str(folder / "last.pt"), "weights": config.weights,
               "guidance_scale": config.guidance_scale}
     scoring = evaluate.Config(**shared, data=config.data, steps=config.sample_steps)
