@@ -17,7 +17,6 @@ token, projected) with an image's. The shapes have a stand-in, small, random, ne
 [CLIP] arXiv 2103.00020; the merge table in assets/ is OpenAI's (MIT), as open_clip_torch ships it
 """
 import gzip
-import hashlib
 import html
 import pickle
 import zipfile
@@ -29,7 +28,7 @@ import regex
 import torch
 import torch.nn as nn
 
-from model import UserError, find_weights, load_strictly, read_weights, reading
+from model import UserError, find_weights, load_frozen, read_weights, reading, weights_sha256
 
 CONTEXT_LEN = 77    # L, tokens, start and end included
 START, END = 49406, 49407
@@ -190,38 +189,35 @@ RENAMED = {     # Hugging Face's names -> OpenAI's, in this order
 def load_clip_text(path: str | Path) -> CLIPText:
     """The text tower of OpenAI's archive or Hugging Face's file, of any size, in float32."""
     # No file says which GELU it was trained with: another CLIP (LAION's) may load and be wrong
-    state, sizes = read_tower(path, "text", ["token_embedding.weight", "positional_embedding"])
-    # That of Stable Diffusion has no projection: pooled is then (B, 0)
-    state.setdefault("text_projection", torch.empty(sizes["width"], 0))
-    net = CLIPText(**sizes, projection=state["text_projection"].shape[-1],
-                   context_len=len(state["positional_embedding"]),
-                   vocabulary_size=len(state["token_embedding.weight"]))
-    return load_strictly(net, state, path).eval().requires_grad_(False)
+    with reading(path, f"{CLIP_FILE} with a text tower"):
+        state, sizes = read_tower(path, "text")
+        # That of Stable Diffusion has no projection: pooled is then (B, 0)
+        state.setdefault("text_projection", torch.empty(sizes["width"], 0))
+        net = CLIPText(**sizes, projection=state["text_projection"].shape[-1],
+                       context_len=len(state["positional_embedding"]),
+                       vocabulary_size=len(state["token_embedding.weight"]))
+        return load_frozen(net, state)
 
 
-def read_tower(path, tower, needed):
-    """The weights, by OpenAI's names, and sizes of a file's "text" or "image" tower; UserError."""
-    with reading(path, CLIP_FILE):
-        weights = read_openai_archive(path) or read_weights(path)
-        state = {}
-        for name, tensor in weights.items():
-            if name.endswith("_projection.weight"):
-                tensor = tensor.T
-            for theirs, ours in RENAMED.items():
-                name = name.replace(theirs, ours)
-            is_weight = tensor.ndim and tensor.is_floating_point()
-            if is_weight and name.startswith("visual.") == (tower == "image"):
-                state[name.removeprefix("visual.")] = tensor
-        for query in [name for name in state if "q_proj" in name]:
-            parts = [state.pop(query.replace("q_", f"{x}_")) for x in "qkv"]
-            state[query.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-        if missing := [name for name in needed if name not in state]:
-            raise UserError(f"{path} holds no {tower} tower of CLIP: {missing[0]} is missing.")
-        width = state["positional_embedding"].shape[1]
-        if width % 64:  # width of a head
-            raise UserError(f"the {tower} tower's width {width} is no multiple of 64.")
-        layers = {name.split(".")[2] for name in state if "resblocks" in name}
-    return state, dict(width=width, layers=len(layers), heads=width // 64)
+def read_tower(path, tower):
+    """The weights, by OpenAI's names, and the sizes of a file's "text" or "image" tower."""
+    state = {}
+    for name, tensor in (read_openai_archive(path) or read_weights(path)).items():
+        if name.endswith("_projection.weight"):
+            tensor = tensor.T
+        for theirs, ours in RENAMED.items():
+            name = name.replace(theirs, ours)
+        is_weight = tensor.ndim and tensor.is_floating_point()
+        if is_weight and name.startswith("visual.") == (tower == "image"):
+            state[name.removeprefix("visual.")] = tensor
+    for query in [name for name in state if "q_proj" in name]:
+        parts = [state.pop(query.replace("q_", f"{x}_")) for x in "qkv"]
+        state[query.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    layers = {name.split(".")[2] for name in state if "resblocks" in name}
+    width = state["positional_embedding"].shape[1]
+    if width % 64:  # width of a head
+        raise ValueError(f"a width of {width}, no multiple of 64")
+    return state, {"width": width, "layers": len(layers), "heads": width // 64}
 
 
 def read_openai_archive(path):
@@ -256,20 +252,11 @@ def read_openai_archive(path):
     return {}
 
 
-def weights_sha256(module):
-    """SHA-256 over the names and the float32 values of a module's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load_text_tower(description, folder):
     """The tower that meta["text_tower"] describes, a file in `folder` or drawn again; UserError."""
     if description["kind"] == "clip":
         return load_clip_text(find_weights(description, folder, "the text tower"))
     tower = random_clip_text(description["seed"], description["context_len"])
     if weights_sha256(tower) != description["sha256"]:
-        raise UserError("the random text tower is not the one that the data was prepared with: "
-                        f"torch {torch.__version__} draws other numbers; install requirements.txt.")
+        raise UserError("this torch draws another random text tower: install requirements.txt.")
     return tower

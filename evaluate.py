@@ -2,9 +2,7 @@
 
     python evaluate.py --checkpoint=out/shapes/last.pt                      # 500 held-out captions
     python evaluate.py --checkpoint=out/early/last.pt,out/shapes/last.pt    # several, in one table
-    python evaluate.py --checkpoint=out/shapes/last.pt --sweep=1,1.5,2,3,5  # several w
     python evaluate.py --checkpoint=out/coco/best.pt --data=data/coco --steps=50 --guidance_scale=2
-    python evaluate.py --folder=pictures --data=data/coco       # anybody's pictures, with captions
 
 Shapes are scored exactly, by a detector that reads the objects off each picture. Right are its
 count (as many as asked), colour and shape (those asked and no others), relation (the first object
@@ -21,13 +19,11 @@ latest.
 
 [FID] arXiv 1706.08500   [CLIP] arXiv 2103.00020   [CLIPScore] arXiv 2104.08718
 """
-import hashlib
-import math
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -37,28 +33,24 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from clip_text import (CLIP_FILE, CLIPTransformer, encode_captions, load_clip_text, read_tower,
-                       weights_sha256)
-from model import (Constants, FilePath, Natural, Positive, Size, UserError, choose_device,
-                   choose_precision, load_strictly, one_writer, read_checkpoint,
-                   read_weights, reading, run, sha256, write_json)
+from clip_text import CLIP_FILE, CLIPTransformer, encode_captions, load_clip_text, read_tower
+from model import (Constants, FilePath, Natural, Size, UserError, choose_device,
+                   choose_precision, load_frozen, one_writer, read_weights, reading, run,
+                   sha256, weights_sha256, write_json)
 from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Scene, digest, fetch, read_cache,
-                          read_captions, read_picture, scene_of, unseen_scenes)
-from sample import GuidanceScale, Pipeline, SolverSteps, save_pictures, write_captions
+                          read_picture, scene_of, unseen_scenes)
+from sample import GuidanceScale, Pipeline, SolverSteps, draw_files
 
 
 @dataclass
 class Config(Constants):
     checkpoint: FilePath = "out/shapes/last.pt"  # or several: A.pt,B.pt
-    folder: FilePath | None = None  # instead: pictures with captions
     data: FilePath = "data/shapes"  # cache of held-out captions
-    n: Positive | None = None       # captions; None: 500 shapes or 30,000
+    n: Annotated[int, 2, 10 ** 6] | None = None     # captions; None: 500 shapes or 30,000
     steps: SolverSteps = 20         # U-ViT: 50
     guidance_scale: GuidanceScale = 3.0     # w; 1 = none; U-ViT: 2, which it calls 1
-    sweep: str | None = None        # several w: 1,2,3
     seed: Natural = 0               # picture i has seed + i
     batch_size: Size = 100          # of the sampler
-    raw: bool = False               # not averaged by EMA
     weights: FilePath = "weights"   # folder of the public weights
     inception: FilePath | None = None   # weights of the FID
     clip: FilePath | None = None    # weights of the CLIP score
@@ -138,45 +130,29 @@ def judge_picture(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
 
 
 def score_shapes(pictures, captions: list[str]) -> dict[str, dict]:
-    """Share right by kind, of seen and unseen scenes, and of counts by number; (S, S, 3) uint8."""
-    groups, counts, scores = {"seen": [], "unseen": []}, {}, {}
+    """Share right by kind, of seen and of unseen scenes, in pictures (S, S, 3) uint8."""
+    groups, scores = {"seen": [], "unseen": []}, {}
     for picture, caption in zip(pictures, captions):
         scene = scene_of().get(caption)
         if scene is None:
             raise UserError(f"{caption!r} is not a caption of the shapes dataset.")
         right = judge_picture(picture, scene)
         groups["unseen" if scene in unseen_scenes() else "seen"].append(right)
-        if not scene.relation:
-            counts.setdefault(len(scene.objects), []).append(right["count"])
     for name, group in groups.items():
         scores[name] = {"pictures": len(group)}
         for kind in KINDS:
             values = [right[kind] for right in group if kind in right]
             scores[name][kind] = float(np.mean(values)) if values else None
-    by_number = {str(n): float(np.mean(counts[n])) for n in sorted(counts)}
-    return scores | {"count_by_number": by_number}
+    return scores
 
 
 # ---- 2. FID ----
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_LAYOUT = "014e2b09052e854f"
+INCEPTION_LAYOUT = "e962123329df4d94"
 LAYER = ("conv/weight", "bn/running_mean", "bn/running_var", "bn/weight", "bn/bias")
 HALVE = nn.MaxPool2d(3, stride=2)
 AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-
-
-@contextmanager
-def exact_float32(device):
-    """Without TensorFloat-32, autocast, gradients: scores don't depend on how training computed."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def check_pictures(images):
@@ -221,7 +197,7 @@ class Inception(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, H, W) -> float32 (B, 2048), resized as in pytorch-fid: not antialiased."""
         check_pictures(images)
-        with exact_float32(images.device):
+        with torch.autocast(images.device.type, enabled=False):
             x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear")
             x = self.conv(2 * x - 1, "Conv2d_1a_3x3", 2, "valid")
             x = self.conv(x, "Conv2d_2a_3x3", 1, "valid")
@@ -248,8 +224,8 @@ def load_inception(path: str | Path) -> Inception:
     with reading(path, f"pytorch-fid's weights ({INCEPTION})"):
         weights = {name: tensor for name, tensor in read_weights(path).items()
                    if not name.startswith("fc.") and "tracked" not in name}
-        layout = repr(sorted((name, *tensor.shape) for name, tensor in weights.items()))
-        if hashlib.sha256(layout.encode()).hexdigest()[:16] != INCEPTION_LAYOUT:
+        layout = sorted((name, *tensor.shape) for name, tensor in weights.items())
+        if digest(layout)[:16] != INCEPTION_LAYOUT:
             raise ValueError("other names or shapes")
         return Inception(weights)
 
@@ -257,8 +233,6 @@ def load_inception(path: str | Path) -> Inception:
 def mean_and_covariance(features):
     """(n, D) -> (D,), (D, D) float64 arrays."""
     x = features.double().numpy()
-    if len(x) < 2:
-        raise UserError("A single picture has no FID: score two or more.")
     return x.mean(axis=0), np.cov(x, rowvar=False)
 
 
@@ -302,7 +276,7 @@ class CLIPImage(nn.Module):
 
     def __init__(self, width, layers, heads, projection, patch_size, tokens):
         super().__init__()
-        self.side = patch_size * math.isqrt(tokens - 1)  # 224 in ViT-L/14
+        self.side = patch_size * int((tokens - 1) ** 0.5)  # 224 in ViT-L/14
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros(tokens, width))
@@ -314,7 +288,7 @@ class CLIPImage(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, H, W) -> features (B, projection) in float32."""
         check_pictures(images)
-        with exact_float32(images.device):
+        with torch.autocast(images.device.type, enabled=False):
             x = self.conv1(preprocess(images, self.side)).flatten(2).mT  # (B, N, width)
             start = self.class_embedding.expand(len(x), 1, -1)
             x = torch.cat([start, x], dim=1) + self.positional_embedding  # (B, 1+N, width)
@@ -324,32 +298,19 @@ class CLIPImage(nn.Module):
 
 def load_clip_image(path: str | Path) -> CLIPImage:
     """The image tower, of any size, of the files that `load_clip_text` reads; raises UserError."""
-    state, sizes = read_tower(path, "image", ["conv1.weight", "positional_embedding", "proj"])
-    with reading(path, CLIP_FILE):
+    with reading(path, f"{CLIP_FILE} with an image tower"):
+        state, sizes = read_tower(path, "image")
         net = CLIPImage(**sizes, projection=state["proj"].shape[1],
                         patch_size=state["conv1.weight"].shape[-1],
                         tokens=len(state["positional_embedding"]))
-    return load_strictly(net, state, path).eval().requires_grad_(False)
-
-
-def clip_scores(images, texts):
-    """Cosines (B,) of the features of pictures and of their captions, (B, projection)."""
-    if images.shape != texts.shape:
-        raise UserError(f"features of shape {[*images.shape]} and {[*texts.shape]} "
-                        "are not of the same CLIP model.")
-    return F.cosine_similarity(images, texts, dim=-1)
+        return load_frozen(net, state)
 
 
 # ---- 4. scorers ----
 
 SCORE_BATCH = 50  # whatever the --batch_size
-
-
-class ShapesScorer:
-    """Accuracy by the detector, which reads the pictures as they are."""
-    protocol = {"detector": "nearest colour, best shape"}
-    embed = list
-    score = staticmethod(score_shapes)
+PROTOCOL = {"detector": "nearest colour, best shape"}  # which reads pictures as they are
+SHAPES_SCORER = SimpleNamespace(protocol=PROTOCOL, embed=list, score=score_shapes)
 
 
 class RealScorer:
@@ -358,15 +319,15 @@ class RealScorer:
     def __init__(self, cache, config):
         inception = config.inception or fetch(INCEPTION, config.weights)
         clip = config.clip or fetch(CLIP, config.weights)
+        torch.backends.cudnn.allow_tf32 = False  # exact, whatever the device
         self.device = choose_device()
         self.inception = load_inception(inception).to(self.device)
         self.clip_image = load_clip_image(clip).to(self.device)
         self.clip_text = load_clip_text(clip).to(self.device)
         self.protocol = {
-            "reference": f"all held-out pictures of {config.data}",
+            "reference": f"all held-out pictures of {config.data}", "clip_prefix": PREFIX,
             "reference_sha256": sha256(f"{config.data}/val_images.npy"),
             "inception_sha256": sha256(inception), "clip_sha256": sha256(clip),
-            "clip_prefix": PREFIX,
             "resize": "real: Lanczos; FID: bilinear, 299; CLIP: bicubic"}
         self.reference = self.embed(cache.val_images)[0]
 
@@ -375,25 +336,24 @@ class RealScorer:
         features, embedded = [], []
         pictures = iter(tqdm(pictures, "scoring"))
         while batch := list(islice(pictures, SCORE_BATCH)):
-            images = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
-            images = images.to(self.device)  # (B, 3, S, S)
+            images = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).to(self.device)
             features.append(self.inception(images).cpu())
             embedded.append(self.clip_image(images).cpu())
         return mean_and_covariance(torch.cat(features)), torch.cat(embedded)
 
     def score(self, embedded, captions):
-        """FID and CLIP scores, after the prefix and bare; all caption features take 7 GB."""
+        """FID and CLIP scores, after the prefix and bare."""
         moments, images = embedded
         scores = {"fid": frechet_distance(*moments, *self.reference)}
         length = len(self.clip_text.positional_embedding)
         for name, prefix in ("clip_prefix", PREFIX), ("clip", ""):
-            texts = []
+            cosines = []
             for i in range(0, len(captions), SCORE_BATCH):
-                part = [prefix + caption for caption in captions[i:i + SCORE_BATCH]]
-                with exact_float32(self.device):
-                    texts.append(encode_captions(self.clip_text, part, length)[1].cpu())
-            cosines = clip_scores(images, torch.cat(texts))
-            scores[name] = 100 * cosines.double().mean().item()
+                part = slice(i, i + SCORE_BATCH)
+                prefixed = [prefix + caption for caption in captions[part]]
+                texts = encode_captions(self.clip_text, prefixed, length)[1].cpu()
+                cosines.append(F.cosine_similarity(images[part], texts))
+            scores[name] = 100 * torch.cat(cosines).double().mean().item()
         return scores
 
 
@@ -412,85 +372,31 @@ def score_bounds(scorer, cache, pictures, captions):
 def choose_prompts(cache, config):
     """The first n held-out pictures, or all, and the first caption of each, as U-ViT's fork."""
     n = config.n or (500 if cache.meta["dataset"] == "shapes" else 30_000)
-    pictures, first = np.unique(cache.val.pairs[:, 0], return_index=True)
-    rows = cache.val.pairs[first[:n], 1]
-    return pictures[:n], [cache.captions[row] for row in rows]
+    pictures, first = np.unique(cache.val_pairs[:, 0], return_index=True)
+    return pictures[:n], [cache.captions[row] for row in cache.val_pairs[first[:n], 1]]
 
 
-def draw_samples(pipeline, folder, names, captions, config):
-    """Draw what is missing of one picture per caption, of seed + i; images/s, or None."""
-    write_captions(folder, names, captions)
-    missing = [i for i, name in enumerate(names) if not (folder / name).exists()]
-    if not missing:
-        return None
-    size = config.batch_size
-    begin = missing[0] // size * size  # in whole batches
-    settings = {"guidance_scale": config.guidance_scale, "steps": config.steps}
-    clock = time.perf_counter()
-    for i in tqdm(range(begin, len(names), size), f"sampling {folder}"):
-        part = slice(i, i + size)
-        seeds = [config.seed + k for k in range(len(names))[part]]
-        pictures = pipeline.draw(captions[part], seeds, **settings)
-        save_pictures(folder, names[part], pictures, captions[part], seeds, settings)
-    return (len(names) - begin) / (time.perf_counter() - clock)
-
-
-def score_pictures(name, paths, captions, scorer, cache):
-    """What each eval.json holds. Pictures are never resized: it would change the FID."""
-    def load(path):
-        picture = read_picture(path)
-        if picture.size != size:
-            raise UserError(f"{path} has {picture.size} pixels, real pictures {size}.")
-        return np.asarray(picture)
-    size = (cache.meta["image_size"],) * 2
-    scores = scorer.score(scorer.embed(map(load, paths)), captions)
-    protocol = {"pictures": len(paths), "captions": "first of each picture"}
-    return {"name": name, "scores": scores, "bounds": scorer.bounds,
-            "protocol": protocol | scorer.protocol}
-
-
-def evaluate_folder(config, captions, scorer, cache):
-    """Score anybody's pictures, of name -> captions."""
-    paths = [Path(config.folder, name) for name in captions]
-    texts = [first for first, *_ in captions.values()]
-    result = score_pictures(config.folder, paths, texts, scorer, cache)
-    home = Path(config.out or config.folder)
-    home.mkdir(parents=True, exist_ok=True)
-    write_json(home / "eval.json", result)
-    return result
-
-
-def expect_same_data(config, cache):
-    path = config.checkpoint
-    with reading(path, "a checkpoint of train.py"):
-        meta = read_checkpoint(path)["meta"]
-        if any(meta[key] != cache.meta[key] for key in ("dataset", "image_size")):
-            raise UserError(f"{path} was not trained on pictures as in {config.data}: name its "
-                            "own --data.")
-
-
-def evaluate_checkpoint(config, captions, scorer, cache):
+def evaluate_checkpoint(pipeline, config, captions, scorer, cache):
     """Draw and score; the latest eval.json is also the checkpoint's."""
-    pipeline = Pipeline(config.checkpoint, config.raw, config.weights)
     step, w, weights = pipeline.step, config.guidance_scale, weights_sha256(pipeline.net)
     made_of = digest([weights, cache.meta["files"]])[:8]
     home = Path(config.out or Path(config.checkpoint).parent)
     folder = home / f"eval/step{step}_{made_of}_w{w:.9g}_steps{config.steps}_seed{config.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{i:05d}.png" for i in range(len(captions))]
     with one_writer(folder):
-        speed = draw_samples(pipeline, folder, names, captions, config)
-        paths = [folder / name for name in names]
-        result = score_pictures(f"{config.checkpoint} at step {step}", paths, captions,
-                                scorer, cache)
-        result["images_per_second"] = speed
-        result["protocol"] |= asdict(config) | {
-            "step": step, "weights_sha256": weights, "trained_on": pipeline.meta,
-            "sampler": "DPM-Solver++(2M), eps_uncond + w (eps_cond - eps_uncond)",
-            "precision": str(choose_precision(pipeline.device)), "torch": torch.__version__}
+        paths = draw_files(pipeline, folder, captions, config)
+        pictures = (np.asarray(read_picture(path)) for path in paths)
+        result = {
+            "name": f"{config.checkpoint} at step {step}",
+            "scores": scorer.score(scorer.embed(pictures), captions), "bounds": scorer.bounds,
+            "protocol": asdict(config) | scorer.protocol | {
+                "pictures": len(paths), "captions": "first of each picture", "step": step,
+                "weights": "EMA", "weights_sha256": weights, "trained_on": pipeline.meta,
+                "sampler": "DPM-Solver++(2M), eps_uncond + w (eps_cond - eps_uncond)",
+                "precision": str(choose_precision(pipeline.device)), "torch": torch.__version__}}
         write_json(folder / "eval.json", result)
-    with one_writer(home / "eval", wait=True):
-        write_json(home / "eval.json", result)
+        write_json(folder / "latest.json", result)
+        (folder / "latest.json").replace(home / "eval.json")
     return result
 
 
@@ -514,30 +420,22 @@ def print_table(rows):
 def main(config: Config):
     cache = read_cache(config.data)
     shapes = cache.meta["dataset"] == "shapes"
-    scales = str(config.sweep or config.guidance_scale).split(",")
-    jobs = [replace(config, checkpoint=path.strip(), guidance_scale=w)
-            for path in config.checkpoint.split(",") for w in scales]
-    if config.folder:
-        theirs = dict(islice(read_captions(Path(config.folder)).items(), config.n))
-        if not theirs:
-            raise UserError(f"{config.folder} holds no pictures with captions.")
-        config = replace(config, n=len(theirs))
-    else:
-        for job in jobs:  # before anything is fetched
-            expect_same_data(job, cache)
+    jobs = []
+    for path in config.checkpoint.split(","):
+        pipeline = Pipeline(path, config.weights)
+        if any(pipeline.meta.get(key) != cache.meta[key] for key in ("dataset", "image_size")):
+            raise UserError(f"{path} was not trained on pictures as in {config.data}: name --data.")
+        jobs.append((pipeline, replace(config, checkpoint=path)))
     pictures, captions = choose_prompts(cache, config)
-    scorer = ShapesScorer() if shapes else RealScorer(cache, config)
+    scorer = SHAPES_SCORER if shapes else RealScorer(cache, config)
     scorer.bounds = score_bounds(scorer, cache, pictures, captions)
-    if config.folder:
-        results = [evaluate_folder(config, theirs, scorer, cache)]
-    else:
-        results = [evaluate_checkpoint(job, captions, scorer, cache) for job in jobs]
-    n = results[0]["protocol"]["pictures"]
+    results = [evaluate_checkpoint(*job, captions, scorer, cache) for job in jobs]
+    n = len(captions)
     unit = "; % right of seen / unseen combinations" if shapes else ""
     print(f"\n{n:,} pictures{unit}\n")
     bounds = [{"name": name, "scores": scores} for name, scores in scorer.bounds.items()]
     print_table([format_row(result) for result in results + bounds])
-    if not shapes and min(n, len(cache.val_images)) < 30_000:
+    if not shapes and n < 30_000:
         print("warning: not comparable with FID-30k: fewer pictures have a higher FID.")
 
 

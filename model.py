@@ -23,7 +23,6 @@ per prompt and `denoise` once per step. Parameter names are those of the officia
 
 [IF] arXiv 2403.16530   [U-ViT] arXiv 2209.12152   [LDM] arXiv 2112.10752
 """
-import argparse
 import dataclasses
 import difflib
 import hashlib
@@ -36,11 +35,10 @@ import re
 import shlex
 import sqlite3
 import sys
-import time
 import zipfile
+from argparse import SUPPRESS, ArgumentParser
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -156,11 +154,12 @@ class UViTConfig:
     """What a UViT is made of; raises UserError where that is impossible."""
     fusion: Literal["early", "intermediate"]  # where text meets the image
     conditioning: Literal["concat", "cross_attention"]  # how
-    depth: Size = 13  # early: blocks in the stack, all of which see the text
-    n_image: Natural = 4  # intermediate: image-only blocks on each side
-    n_fuse: Size = 3  # intermediate: blocks that see the text, around the bottleneck
-    n_text: Natural = 4  # intermediate: text-only blocks before them
-    fuse_shift: int = 0  # intermediate: moves the window; 0 = centred on the bottleneck
+    depth: Size = 13  # blocks in the stack; intermediate: 2 n_image + n_fuse
+    # intermediate; early sets them to 0, depth, 0, 0: the window is the whole stack
+    n_image: Natural = 4  # image-only blocks on each side
+    n_fuse: Size = 3  # blocks that see the text, around the bottleneck
+    n_text: Natural = 4  # text-only blocks before them
+    fuse_shift: int = 0  # moves the window; 0 = centred on the bottleneck
     image_size: Size = 32  # side of the latent, in its own pixels
     channels: Size = 4  # of the latent
     patch_size: Size = 2
@@ -171,35 +170,23 @@ class UViTConfig:
 
     def __post_init__(self):
         Constants.__post_init__(self)
-        if self.blocks % 2 == 0:
-            raise UserError(f"{self.blocks} blocks: expected an odd number (--depth of early, "
-                            "2 n_image + n_fuse of intermediate fusion).")
-        if self.window.start < 0 or self.window.stop > self.blocks:
-            raise UserError(f"fuse_shift={self.fuse_shift}: expected {-self.n_image} to "
-                            f"{self.n_image} (n_image), or the window would leave the stack.")
-        if self.image_size % self.patch_size:
-            raise UserError(f"patch_size={self.patch_size}: expected a divisor of the latent's "
-                            f"side, {self.image_size}.")
-        if self.width % self.heads or self.width % 4:
-            raise UserError(f"width={self.width}: expected a multiple of 4 and of "
-                            f"heads={self.heads}.")
-
-    @property
-    def blocks(self):  # in the stack
-        return self.depth if self.fusion == "early" else 2 * self.n_image + self.n_fuse
+        if self.fusion == "early":
+            self.n_image, self.n_fuse, self.n_text, self.fuse_shift = 0, self.depth, 0, 0
+        self.depth = 2 * self.n_image + self.n_fuse
+        side, patch, width, heads = self.image_size, self.patch_size, self.width, self.heads
+        if self.depth % 2 == 0:
+            raise UserError(f"{self.depth} blocks: expected an odd number (of depth or n_fuse).")
+        if abs(self.fuse_shift) > self.n_image:
+            raise UserError(f"fuse_shift={self.fuse_shift}: expected at most n_image either way.")
+        if side % patch:
+            raise UserError(f"patch_size={patch}: expected a divisor of the latent's side, {side}.")
+        if width % heads or width % 4:
+            raise UserError(f"width={width}: expected a multiple of 4 and of heads={heads}.")
 
     @property
     def window(self):  # the indices of the blocks that see the text
         first = self.n_image + self.fuse_shift
-        return range(self.depth) if self.fusion == "early" else range(first, first + self.n_fuse)
-
-    @property
-    def text_blocks(self):  # before the window
-        return 0 if self.fusion == "early" else self.n_text
-
-    @property
-    def image_tokens(self):  # N
-        return (self.image_size // self.patch_size) ** 2
+        return range(first, first + self.n_fuse)
 
 
 class UViT(nn.Module):
@@ -209,11 +196,11 @@ class UViT(nn.Module):
         super().__init__()
         self.config = config
         D, P, C, h = config.width, config.patch_size, config.channels, config.heads
-        L, N, half = config.context_len, config.image_tokens, config.blocks // 2
+        L, N, half = config.context_len, (config.image_size // P) ** 2, config.depth // 2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(C, D, kernel_size=P, stride=P)})
         self.context_embed = nn.Linear(config.context_dim, D)
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + L + N, D))  # time, text, image
-        self.text_blocks = nn.ModuleList(Block(D, h) for _ in range(config.text_blocks))
+        self.text_blocks = nn.ModuleList(Block(D, h) for _ in range(config.n_text))
         self.in_blocks = nn.ModuleList(Block(D, h) for _ in range(half))
         self.mid_block = Block(D, h)
         self.out_blocks = nn.ModuleList(Block(D, h, skip=True) for _ in range(half))
@@ -236,7 +223,7 @@ class UViT(nn.Module):
 
     def positions(self):
         """The learned positions of (time, text, image), (1, 1, D), (1, L, D), (1, N, D)."""
-        return self.pos_embed.split([1, self.config.context_len, self.config.image_tokens], dim=1)
+        return self.pos_embed.tensor_split([1, 1 + self.config.context_len], dim=1)
 
     def encode_text(self, context: torch.Tensor) -> torch.Tensor:
         """The half that needs the text alone, context (B, L, E): run it once per prompt.
@@ -371,9 +358,8 @@ def reading(path, expected):
     except PermissionError:
         raise UserError(f"{path}: permission denied.") from None
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} can't be read as {expected}: it is damaged, incomplete or of "
-                        f"another kind ({reason:.200}).") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise UserError(f"{path} is damaged, or not {expected} ({reason}).") from None
 
 
 @contextmanager
@@ -408,18 +394,14 @@ def one_writer(folder, wait=False):
     path = Path(folder, ".lock")
     path.touch()  # or the true reason why it can't be
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as lock:
-        waiting = False
         while not lock.in_transaction:
             try:  # in memory: a kill leaves no journal
                 lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")
             except sqlite3.OperationalError:
                 if not wait:
-                    raise UserError(f"{folder} is being written by another process: wait until "
-                                    "it has ended, or choose another name.") from None
-                if not waiting:
-                    print(f"waiting for the other process that writes {folder} ...")
-                waiting = True
-                time.sleep(0.1)  # SQLite's own waiting ignores Ctrl-C
+                    raise UserError(f"{folder} is being written by another process.") from None
+                print(f"waiting for the other process that writes {folder} ...")
+                lock.execute("PRAGMA busy_timeout = 3000")  # in which Ctrl-C waits, too
         yield
 
 
@@ -431,17 +413,15 @@ def sha256(path):
 def read_safetensors(path):
     """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, raw bytes."""
     types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-             "U8": torch.uint8, "BOOL": torch.bool}
-    data = bytearray(Path(path).read_bytes())
+             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
+    data, tensors = bytearray(Path(path).read_bytes()), {}
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header.pop("__metadata__", None)
-    content, tensors = torch.frombuffer(data, dtype=torch.uint8)[start:], {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        part = content[begin:end].clone().view(types[entry["dtype"]])
-        tensors[name] = part.reshape(entry["shape"])
+    content = torch.frombuffer(data, dtype=torch.uint8)[start:]
+    for name, entry in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            part = content[begin:end].clone().view(types[entry["dtype"]])
+            tensors[name] = part.reshape(entry["shape"])
     return tensors
 
 
@@ -454,40 +434,38 @@ def read_weights(path):
             return read_safetensors(path)
         if start.lstrip().startswith((b"<", b"version https://git-lfs")):
             raise UserError("this is HTML or a git-LFS pointer: fetch the file itself.")
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():  # compares checksums
-                    raise UserError("the file is damaged: take another copy of it.")
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # compares checksums
+            raise UserError("the file is damaged: take another copy of it.")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
         except pickle.UnpicklingError:  # its message advises to trust the file
             raise TypeError("not of torch.save(state_dict), or more than weights") from None
-        if not isinstance(state, dict):
-            raise TypeError(f"it holds a {type(state).__name__}, not a dict")
-        return state
 
 
 def find_weights(description, folder, what):
     """The weight file of `what` in `folder`, or UserError; a "sha256" of None is not checked."""
-    path, expected = Path(folder, description["file"]), description.get("sha256")
+    path, known = Path(folder, description["file"]), description.get("sha256")
     if not path.is_file():
         path = Path(folder, path.name)  # if it was a full path, on another machine
-    wrong = None if path.is_file() else "is missing"
-    if expected and not wrong and sha256(path) != expected:
-        wrong = "has another SHA-256"
-    if wrong:
-        raise UserError(f"{path} {wrong}: expected {what} of the data, of SHA-256 "
-                        f"{expected or 'unknown'} (public ones: FILES in prepare_data.py).")
+    expected = f"{what} of the data, of SHA-256 {known or 'unknown'} (see assets/files.json)"
+    with reading(path, expected):
+        if known and sha256(path) != known:
+            raise UserError(f"{path} has another SHA-256: expected {expected}.")
     return path
 
 
-def load_strictly(module, state, path):
-    """Load all of `state` into `module`, which must fit; raises UserError."""
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} does not fit: {' '.join(str(error).split()):.600}") from None
-    return module
+def load_frozen(module, state):
+    """The module with all of `state`, which must fit, for evaluation."""
+    module.load_state_dict(state)
+    return module.eval().requires_grad_(False)
+
+
+def weights_sha256(module):
+    """SHA-256 over the names and the float32 values of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # ---- 6. checkpoints ----
@@ -507,8 +485,7 @@ def read_checkpoint(path):
         if "pos_embed" in state:
             return describe_official(state)
         if state.get("format") != CHECKPOINT_FORMAT:
-            raise UserError(f"this is not {expected}, or is of another version of this code: "
-                            f"its first keys are {[*state][:5]}.")
+            raise UserError(f"this is not {expected}, or of another version of this code.")
         return state | {"uvit": UViTConfig(**state["uvit"])}
 
 
@@ -520,19 +497,11 @@ def describe_official(state):
     half = len({key.split(".")[1] for key in state if key.startswith("in_blocks.")})
     config = UViTConfig("early", "concat", depth=2 * half + 1, image_size=side, channels=C,
                         patch_size=P, width=D, heads=D // 64, context_len=L, context_dim=E)
-    meta = {"dataset": "coco", "image_size": 8 * side,  # files as prepare_data.py names them
-            "autoencoder": {"kind": "kl", "file": "kl-f8.bin"},
-            "text_tower": {"kind": "clip", "file": "clip-vit-large-patch14.bin"}}
+    autoencoder = {"kind": "kl", "file": "kl-f8.bin"}  # named as by prepare_data.py
+    tower = {"kind": "clip", "file": "clip-vit-large-patch14.bin"}
+    meta = dict(dataset="coco", image_size=8 * side, autoencoder=autoencoder, text_tower=tower)
     return {"uvit": config, "ema": state, "step": 1_000_000, "null_context": None, "meta": meta,
             "autoencoder": {}, "latent_scale": 0.23010}  # its own sampler takes 0.18215, wrongly
-
-
-def load_uvit(checkpoint, weights, path):
-    """The network of `read_checkpoint`, in evaluation mode, with weights "ema" or "model" (raw)."""
-    if weights not in checkpoint:
-        raise UserError(f"{path} has no raw weights, only their moving average: omit --raw.")
-    net = load_strictly(UViT(checkpoint["uvit"]), checkpoint[weights], path)
-    return net.eval().requires_grad_(False)
 
 
 # ---- 7. command line ----
@@ -553,7 +522,7 @@ class Constants:
 def convert(value, hint):
     """A value, or the text of one, as `hint` declares it; ValueError says what is expected."""
     options = get_args(hint)
-    if NoneType in options:
+    if type(None) in options:
         return None if value in (None, "None") else convert(value, options[0])
     if get_origin(hint) is Literal or hint is bool:
         names = {str(option): option for option in options or (True, False)}
@@ -580,36 +549,23 @@ def parse_arguments(Config, arguments):
     """The dataclass `Config` with `--key=value` or `--key value` applied; raises UserError."""
     def fail(message):
         raise UserError(f"{message} (--help lists all constants).")
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False,
-                                     argument_default=argparse.SUPPRESS)
+    parser = ArgumentParser(allow_abbrev=False, add_help=False, argument_default=SUPPRESS)
     parser.error = fail
-    hints = get_type_hints(Config, include_extras=True)
+    hints = get_type_hints(Config)
     for name, hint in hints.items():
         alone = {"nargs": "?", "const": True} if hint is bool else {}  # --resume alone is True
         parser.add_argument(f"--{name}", action="append", **alone)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        key = unknown[0].partition("=")[0].strip("-")
-
         def likeness(name):  # --lr is --learning_rate
+            key = unknown[0].partition("=")[0].strip("-")
             initials = "".join(word[:1] for word in name.split("_"))
             return key == initials, difflib.SequenceMatcher(None, key, name).ratio()
-        raise UserError(f"{unknown[0]!r:.100} is not a constant of this script; did you mean "
-                        f"--{max(hints, key=likeness)}? (--help lists all)")
+        fail(f"{unknown[0]!r:.100} is no constant: did you mean --{max(hints, key=likeness)}?")
     for name, values in vars(given).items():
         if len(values) > 1:
             raise UserError(f"--{name} is given {len(values)} times: leave only one of them.")
     return Config(**{name: value for name, [value] in vars(given).items()})
-
-
-def describe(Config):
-    """The constants of a Config as `--help` shows them: default, choices, comment."""
-    def show(match):
-        name, choices, default = match.groups("")
-        return f"    {f'--{name}={default} {choices}':<36}"
-    lines = inspect.getsource(Config).partition(":\n")[2].partition("\n\n")[0]
-    return re.sub(r"^    (\w+): (?:Literal(\[.*?\])|.*?) = (\".*?\"|\S+) *", show, lines,
-                  flags=re.MULTILINE)
 
 
 def run(main, Config: type):
@@ -618,9 +574,9 @@ def run(main, Config: type):
         stream.reconfigure(line_buffering=True, errors="replace")
     try:
         if {"--help", "-h"} & {*sys.argv}:
-            print(inspect.getmodule(Config).__doc__)
-            print("Constants (edit them in the file, or override with --key=value):\n")
-            return print(describe(Config))
+            constants = inspect.getsource(Config).partition("\n\n")[0]
+            return print(f"{inspect.getmodule(Config).__doc__}\nEdit a constant in the file, or "
+                         f"override it with --key=value:\n\n{constants}")
         main(parse_arguments(Config, sys.argv[1:]))
     except UserError as error:
         sys.exit(" ".join(f"error: {error}".split()))
@@ -630,9 +586,8 @@ def run(main, Config: type):
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        reason = str(error).partition("\n")[0]
-        sys.exit("error: out of memory: halve --batch_size (and double --grad_accum of train.py, "
-                 f"which keeps the step the same), or take a smaller model ({reason})")
+        sys.exit("error: out of memory: halve --batch_size (train.py: double --grad_accum, for "
+                 f"the same steps), or take a smaller model ({error!r:.80})")
     except OSError as error:  # of the disk, or of permissions
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}.")
 

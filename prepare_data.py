@@ -26,7 +26,6 @@ and of the relations never occurs in training, so that evaluate.py can score uns
 import csv
 import hashlib
 import json
-import math
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import islice, permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -42,12 +42,11 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from clip_text import (count_truncated, encode_captions, load_clip_text, random_clip_text,
-                       weights_sha256)
+from clip_text import count_truncated, encode_captions, load_clip_text, random_clip_text
 from model import (Constants, FilePath, Natural, Positive, Size, UserError, choose_device,
-                   one_writer, reading, run, sha256, write_json, writing)
+                   one_writer, reading, run, sha256, weights_sha256, write_json, writing)
 from sample import draw_grid
-from vae import LinearAutoencoder, load_vae, sample_latent, to_uint8, to_unit
+from vae import LinearAutoencoder, load_vae, sample_latent, to_pictures, to_unit
 
 
 @dataclass
@@ -64,7 +63,7 @@ class Config(Constants):
     image_size: Size | None = None                  # S, a multiple of 32: 32 / 256 / 256
     context_len: Annotated[int, 2, 77] | None = None    # L, text tokens: 16 / 77 / 77
     train_images: Positive | None = None            # 20,000 / all / all
-    val_images: Positive | None = None              # 1,000 / 30,000 / a tenth, at most 1,000
+    val_images: Annotated[int, 2, 10 ** 6] | None = None    # 1,000 / 30,000 / 2 to 1,000
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,8 +74,7 @@ class Config(Constants):
         if self.image_size % 32:
             raise UserError(f"--image_size={self.image_size}: expected a multiple of 32.")
         if (self.dataset == "folder") != bool(self.pictures):
-            raise UserError(f"--dataset={self.dataset} --pictures={self.pictures}: expected a "
-                            "folder of pictures with --dataset=folder, and only then.")
+            raise UserError("expected --pictures=FOLDER with --dataset=folder, and only then.")
 
 
 REAL = {"autoencoder": "kl", "text_tower": "clip", "image_size": 256, "context_len": 77}
@@ -129,10 +127,9 @@ def list_scenes():
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     pairs = [*permutations(kinds, 2)]
     one = [Scene(((n, *kind),)) for n in range(1, 10) for kind in kinds]
-    two = [Scene(((n, *kind), (total - n, *other)))
-           for total in range(2, 10) for n in range(1, total) for kind, other in pairs]
-    relations = [Scene(((1, *kind), (1, *other)), relation)
-                 for relation in RELATIONS for kind, other in pairs]
+    two = [Scene(((n, *a), (total - n, *b)))
+           for total in range(2, 10) for n in range(1, total) for a, b in pairs]
+    relations = [Scene(((1, *a), (1, *b)), name) for name in RELATIONS for a, b in pairs]
     return one, two, relations
 
 
@@ -185,17 +182,26 @@ def draw_scene(scene, rng, size):
     return np.asarray(image.reduce(zoom))
 
 
-class Shapes:
+class Source:
+    """A split: the captions of each picture, and a slice of it is pictures (n, S, S, 3) uint8."""
+
+    def __init__(self, captions, load):
+        self.captions, self.load = captions, load  # load(i): picture i
+
+    def __getitem__(self, part):
+        with ThreadPoolExecutor() as pool:
+            return np.stack([*pool.map(self.load, range(len(self.captions))[part])])
+
+
+def open_shapes(config, split):
     """A split of the shapes: picture i is a function of (seed, split, i), on any machine."""
+    key, held_out = (config.seed, int(split == "val")), split == "val"
+    rng, count = np.random.default_rng(key), getattr(config, f"{split}_images")
+    scenes = [choose_scene(rng, held_out and i % 2 == 1) for i in range(count)]
 
-    def __init__(self, config, split):
-        self.size, self.key = config.image_size, (config.seed, int(split == "val"))
-        rng, count = np.random.default_rng(self.key), getattr(config, f"{split}_images")
-        self.scenes = [choose_scene(rng, split == "val" and i % 2 == 1) for i in range(count)]
-        self.captions = [[scene.caption] for scene in self.scenes]
-
-    def load(self, i):
-        return draw_scene(self.scenes[i], np.random.default_rng((*self.key, i)), self.size)
+    def load(i):
+        return draw_scene(scenes[i], np.random.default_rng((*key, i)), config.image_size)
+    return Source([[scene.caption] for scene in scenes], load)
 
 
 # ---- 2. your own pictures, and COCO ----
@@ -209,32 +215,25 @@ def read_picture(path: str | Path) -> Image.Image:
         image.load()
         with suppress(Exception):  # where EXIF data are broken, pixels may be sound
             image = ImageOps.exif_transpose(image)
-        if image.mode == "F":  # Pillow would clip them to 0 to 255
-            raise UserError(f"{path} has floating-point pixels: save it with 8 or 16 bits.")
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-            grey = np.asarray(image).clip(0, 65535) // 256
-            image = Image.fromarray(grey.astype(np.uint8))
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
 
 
-class Pictures:
-    """A split of pictures; `captions` are those of each name, `read` gives its RGB image."""
+def open_pictures(config, captions, read):
+    """Of each name, its captions; `read` gives its RGB image, of which the square is taken."""
+    names, size = [*captions], (config.image_size,) * 2
 
-    def __init__(self, config, captions, read):
-        self.size, self.read = (config.image_size,) * 2, read
-        self.names, self.captions = [*captions], [*captions.values()]
-
-    def load(self, i):
-        """The central square of picture i, then Lanczos [U-ViT]: (S, S, 3) uint8."""
-        image = self.read(self.names[i])
+    def load(i):
+        """The central square of picture i, then Lanczos [U-ViT]."""
+        image = read(names[i])
         side = min(image.size)
         x, y = (image.width - side) // 2, (image.height - side) // 2
         square = image.crop((x, y, x + side, y + side))
-        return np.asarray(square.resize(self.size, Image.Resampling.LANCZOS))
+        return np.asarray(square.resize(size, Image.Resampling.LANCZOS))
+    return Source([*captions.values()], load)
 
 
 def clean(text):
@@ -252,50 +251,30 @@ def read_lines(path):
         return text.split("\n")
 
 
-def read_table(path):
-    """(name of a picture, caption) of each line of a .jsonl, .csv or captions.txt."""
-    pairs, header = [], ["file_name", "text"]
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        with reading(path, f"a picture's file_name and text in line {number}"):
-            if path.suffix == ".jsonl":
-                row = json.loads(line)
-            else:
-                cells = line.split("\t", 1)
-                if path.suffix == ".csv":
-                    cells = next(csv.reader([line], strict=True))
-                    header = cells if number == 1 else header
-                last = len(header) - 1
-                if len(cells) > last and header[last] == "text":  # commas, but no quotes
-                    cells[last:] = [",".join(cells[last:])]
-                row = dict(zip(header, cells, strict=True))
-            name, texts = Path(row["file_name"]).as_posix(), row["text"]
-            texts = [texts] if isinstance(texts, str) else texts
-            pairs += [(name, clean(text)) for text in texts]
-    return pairs[1:] if path.suffix == ".csv" else pairs
-
-
 def read_captions(folder: Path) -> dict[str, list[str]]:
-    """Name -> captions, of the folder's tables, or else of the .txt files next to its pictures.
+    """Name -> captions, of the folder's tables, or else of the .txt next to each picture.
 
     A .txt has one caption a line; a .jsonl lines with "file_name" and "text", a caption or a list
-    of them; a .csv columns of these names; captions.txt lines of name, tab, caption (sample.py's).
+    of them; a .csv columns of these names.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing: expected a folder of pictures with captions.")
-    tables, pairs = [], []
-    for pattern in ("[!.]*.jsonl", "[!.]*.csv", "captions.txt"):
-        tables += sorted(folder.glob(pattern))
-    for table in tables:
-        pairs += read_table(table)
+    tables, pairs, captions = [*folder.glob("[!.]*.jsonl"), *folder.glob("[!.]*.csv")], [], {}
+    for path in sorted(tables):
+        lines = [*filter(str.strip, read_lines(path))]
+        for number, line in enumerate(lines, start=1):
+            with reading(path, f"a picture's file_name and text in row {number}"):
+                if path.suffix == ".jsonl":
+                    row = json.loads(line)
+                else:  # a row at a time, or an open quote would swallow the next
+                    names, cells = csv.reader([lines[0]]), csv.reader([line], strict=True)
+                    row = dict(zip(next(names), next(cells), strict=True))
+                texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
+                pairs += [(Path(row["file_name"]).as_posix(), clean(text)) for text in texts]
     for name in list_pictures(folder):
         path = (folder / name).with_suffix(".txt")
         if not tables and path.exists():
             pairs += [(name, clean(line)) for line in read_lines(path)]
-    captions = {}
     for name, text in pairs:
-        if text:
+        if text and name != "file_name":  # the heading of a .csv
             captions.setdefault(name, []).append(text)
     return captions
 
@@ -319,13 +298,13 @@ def open_folder(config):
             print(clean(f"skipped: {error}"))
     if silent := {*list_pictures(folder)} - {*captions}:
         print(f"skipped: {len(silent):,} pictures without a caption")
-    count = config.val_images or min(1000, max(1, math.ceil(len(names) / 10)))
+    count = config.val_images or min(1000, max(2, len(names) // 10))
     if len(names) <= count:
         raise UserError(f"{folder} has {len(names)} sound pictures with captions: expected more "
-                        f"than the {count} that are held out (--val_images).")
+                        f"than --val_images={count}.")
     names.sort(key=lambda name: hashlib.sha256(repr(name).encode()).digest())  # never changes
     splits = sorted(names[count:])[:config.train_images], sorted(names[:count])
-    return [Pictures(config, {folder / name: captions[name] for name in split}, read_picture)
+    return [open_pictures(config, {folder / name: captions[name] for name in split}, read_picture)
             for split in splits]
 
 
@@ -345,28 +324,18 @@ def open_coco(config, split):
     def read(name):
         with archive.open(f"{split}2014/{name}") as file, Image.open(file) as image:
             return image.convert("RGB")  # a few are grey
-    return Pictures(config, chosen, read)
+    return open_pictures(config, chosen, read)
 
 
 # ---- 3. preparing ----
 
-def in_batches(items):
-    return (items[i:i + BATCH] for i in range(0, len(items), BATCH))
-
-
-def load_pictures(source):
-    """All pictures of a split in batches (B, S, S, 3) uint8, read by several threads."""
-    with ThreadPoolExecutor() as pool:
-        for numbers in in_batches(range(len(source.captions))):
-            yield np.stack([*pool.map(source.load, numbers)])
-
-
-def fill(path, count, batches):
-    """An array of `count` rows: kept where it is whole, else made of `batches`."""
+def fill(path, count, compute):
+    """An array of `count` rows: kept where it is whole, else made of compute(slice)."""
     if not path.exists():
-        with writing(path) as file, tqdm(total=count, desc=path.stem) as bar:
-            for batch in batches:  # on a full disk a memory map would crash
-                if bar.n == 0:
+        with writing(path) as file:  # on a full disk a memory map would crash
+            for i in tqdm(range(0, count, BATCH), path.stem):
+                batch = compute(slice(i, i + BATCH))
+                if i == 0:
                     size, free = count * batch[0].nbytes, shutil.disk_usage(path.parent).free
                     if size > free:
                         raise UserError(f"{path} takes {size:,} bytes, and {free:,} are free.")
@@ -374,54 +343,53 @@ def fill(path, count, batches):
                               "shape": (count, *batch.shape[1:])}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(batch.tobytes())
-                bar.update(len(batch))
     with reading(path, "an array of an unfinished cache: delete it"):
         return np.load(path, mmap_mode="c")
 
 
 def measure_scale(moments):
-    """The factor that gives all latents together a standard deviation of 1."""
-    total, squares, n = 0.0, 0.0, moments.size // 2
-    for i in range(0, len(moments), 512):
-        part = torch.from_numpy(moments[i:i + 512])
-        generator = torch.Generator().manual_seed(i)
-        noise = torch.randn(part.chunk(2, dim=1)[0].shape, generator=generator)
-        z = sample_latent(part, noise).double()
-        total += z.sum().item()
-        squares += z.square().sum().item()
+    """The factor that gives the latents of up to 20,000 pictures a standard deviation of 1."""
+    moments = torch.from_numpy(moments[:20_000])
+    mean, _ = moments.chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     # for COCO expect about U-ViT's 0.23010; 0.18215 is Stable Diffusion's, of other pictures
-    return (squares / n - (total / n) ** 2) ** -0.5
+    return 1 / sample_latent(moments, noise).double().std(correction=0).item()
 
 
-def load_networks(config):
-    """(autoencoder, text tower, what finds them again); a linear autoencoder is not fitted yet."""
-    def load_public(kind, choice, name, load):
-        path = fetch(name, config.weights) if choice == kind else Path(choice).absolute()
-        network = load(path).to(choose_device())
-        file = name if choice == kind else str(path)
-        return network, {"kind": kind, "file": file, "sha256": sha256(path), "about": path.name}
+PUBLIC = {"kl": "kl-f8.bin", "clip": "clip-vit-large-patch14.bin"}
 
-    # the stand-ins stay on the CPU, so that a GPU makes no difference
-    vae = LinearAutoencoder()
-    about = {"kind": "linear", "about": "principal components of 4x4 patches, a stand-in"}
+
+def load_network(kind, choice, load, weights):
+    """(network, what finds it again): the public one of this kind, or that of the file `choice`."""
+    public = choice == kind
+    path = fetch(PUBLIC[kind], weights) if public else Path(choice).absolute()
+    about = {"kind": kind, "file": path.name if public else str(path), "about": path.name}
+    return load(path).to(choose_device()), about | {"sha256": sha256(path)}
+
+
+# The stand-ins stay on the CPU, so that a GPU makes no difference.
+
+def open_autoencoder(config):
     if config.autoencoder != "linear":
-        vae, about = load_public("kl", config.autoencoder, "kl-f8.bin", load_vae)
-    tower = random_clip_text(config.seed, config.context_len)
-    about_text = {"kind": "random", "seed": config.seed, "context_len": config.context_len,
-                  "sha256": weights_sha256(tower),
-                  "about": "small, random and frozen, a stand-in for CLIP's"}
+        return load_network("kl", config.autoencoder, load_vae, config.weights)
+    about = "principal components of 4x4 patches, a stand-in"
+    return LinearAutoencoder(), {"kind": "linear", "about": about}
+
+
+def open_text_tower(config):
     if config.text_tower != "random":
-        name = "clip-vit-large-patch14.bin"
-        tower, about_text = load_public("clip", config.text_tower, name, load_clip_text)
-    return vae, tower, {"autoencoder": about, "text_tower": about_text}
+        return load_network("clip", config.text_tower, load_clip_text, config.weights)
+    seed, length = config.seed, config.context_len
+    tower, about = random_clip_text(seed, length), "small, random and frozen, a stand-in for CLIP's"
+    return tower, {"kind": "random", "seed": seed, "context_len": length,
+                   "sha256": weights_sha256(tower), "about": about}
 
 
 def expect_same(path, made_of):
-    with reading(path, "what a cache is made of; delete its folder, or name another with --out"):
+    with reading(path, "what a cache is made of: delete its folder, or name another --out"):
         then = json.loads(path.read_text(encoding="utf-8"))
         if difference := same_data({key: then.get(key) for key in made_of}, made_of):
-            raise UserError(f"{path} is of other data: {difference}. Delete its folder, or name "
-                            "another with --out.")
+            raise UserError(f"{path} is of other data: {difference}; name another --out.")
 
 
 @torch.no_grad()
@@ -430,53 +398,53 @@ def prepare(config, made_of, folder):
     if config.dataset == "folder":
         train, val = open_folder(config)
     else:
-        open_split = Shapes if config.dataset == "shapes" else open_coco
+        open_split = open_shapes if config.dataset == "shapes" else open_coco
         train, val = open_split(config, "train"), open_split(config, "val")
     val.captions = [texts[:1] for texts in val.captions]
     distinct = {text for texts in train.captions + val.captions for text in texts}
     captions = sorted(distinct | {""})  # "" is the first
-    autoencoder, text_tower, networks = load_networks(config)
-    made_of = made_of | networks
+    N, M, L = len(train.captions), len(val.captions), config.context_len
+
+    autoencoder, about = open_autoencoder(config)
+    tower, about_text = open_text_tower(config)
+    made_of = made_of | {"autoencoder": about, "text_tower": about_text}
     record = folder / ".preparing.json"
     if not any(folder.glob("[!.]*")):
         write_json(record, made_of)
     expect_same(record, made_of)
-
-    N, M, L = len(train.captions), len(val.captions), config.context_len
     print(f"{N:,} training and {M:,} held-out pictures, {len(captions):,} distinct captions, "
           f"{count_truncated(captions, L):,} of them truncated to {L} tokens")
+
     linear = config.autoencoder == "linear"
     device = torch.device("cpu") if linear else choose_device()
 
-    def to_tensor(pictures):
-        return to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device))  # (B, 3, S, S)
-
     def encode(pictures):
-        return autoencoder.encode(to_tensor(pictures)).cpu().numpy()
+        return autoencoder.encode(to_unit(pictures).to(device)).cpu().numpy()
+
+    def encode_text(part):
+        return encode_captions(tower, captions[part], L)[0].half().cpu().numpy()
 
     if linear:
-        autoencoder.fit(to_tensor(np.concatenate([*islice(load_pictures(train), 4096 // BATCH)])))
+        autoencoder.fit(to_unit(train[:4096]))
         with writing(folder / "autoencoder.npz") as file:
             np.savez(file, **autoencoder.state_dict())
-    images = fill(folder / "val_images.npy", M, load_pictures(val))
-    fill(folder / "val_moments.npy", M, map(encode, in_batches(images)))
-    moments = fill(folder / "train_moments.npy", N, map(encode, load_pictures(train)))
-    with writing(folder / "captions.txt", "w") as file:
-        file.writelines(caption + "\n" for caption in captions)
+    images = fill(folder / "val_images.npy", M, lambda part: val[part])
+    fill(folder / "val_moments.npy", M, lambda part: encode(images[part]))
+    moments = fill(folder / "train_moments.npy", N, lambda part: encode(train[part]))
     # For COCO 53 GB. The text tower in the training loop instead would cost 14% more work in each
     # of a million steps. A step reads 256 rows of 118 kB: take an SSD.
-    features = (encode_captions(text_tower, batch, L)[0] for batch in in_batches(captions))
-    fill(folder / "text.npy", len(captions), (part.half().cpu().numpy() for part in features))
+    fill(folder / "text.npy", len(captions), encode_text)
+    with writing(folder / "captions.txt", "w") as file:
+        file.writelines(caption + "\n" for caption in captions)
     row = {caption: i for i, caption in enumerate(captions)}
     for split, source in (("train", train), ("val", val)):
         pairs = [(i, row[text]) for i, texts in enumerate(source.captions) for text in texts]
-        fill(folder / f"{split}_pairs.npy", len(pairs), [np.array(pairs)])
+        fill(folder / f"{split}_pairs.npy", len(pairs), np.array(pairs).__getitem__)
 
     latents = torch.from_numpy(moments[:24]).chunk(2, dim=1)[0].to(device)
-    decoded = to_uint8(autoencoder.decode(latents)).cpu()
-    preview = draw_grid(decoded, [texts[0] for texts in train.captions[:24]], columns=8)
+    decoded, texts = to_pictures(autoencoder.decode(latents)), train.captions[:24]
     with writing(folder / "preview.png") as file:
-        preview.save(file, "PNG")
+        draw_grid(decoded, [first for first, *_ in texts], columns=8).save(file, "PNG")
     scale = (LATENT_STD if linear else 1) * measure_scale(moments)
     write_meta(folder, made_of | {
         "format": CACHE_FORMAT, "dataset": config.dataset, "image_size": config.image_size,
@@ -491,37 +459,17 @@ def main(config: Config):
         paths = [Path(config.pictures, name) for name in captions]
         made_of["captions"] = digest(captions)
         made_of["pictures"] = digest([sha256(path) for path in paths if path.is_file()])
-    if not (folder / "meta.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with one_writer(folder, wait=True):
-            if not (folder / "meta.json").exists():  # else another process has prepared it
-                prepare(config, made_of, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_writer(folder, wait=True):
+        if not (folder / "meta.json").exists():
+            prepare(config, made_of, folder)
     expect_same(folder / "meta.json", made_of)
     meta = read_cache(folder).meta
-    print(f"{folder} is complete, of latent scale {meta['latent_scale']:.4f}. Look at "
-          f"{folder / 'preview.png'}, then:\n"
-          f"  python train.py --data={folder} --name={folder.name}")
+    print(f"{folder} is complete, of latent scale {meta['latent_scale']:.4f}. Look at its "
+          f"preview.png, then:\n  python train.py --data={folder} --name={folder.name}")
 
 
 # ---- 4. the cache ----
-
-@dataclass
-class Split:
-    moments: np.ndarray  # (N, 2C, h, w) float32
-    pairs: np.ndarray  # (K, 2) of picture and caption row, sorted by picture
-
-
-@dataclass
-class Cache:
-    """A cache as train.py and evaluate.py read it; large arrays stay on disk until indexed."""
-    meta: dict
-    captions: list[str]  # R distinct captions; the first is the empty one
-    text: np.ndarray  # (R, L, E) float16, their features; row 0 is the null context
-    autoencoder: dict  # state dict of the linear autoencoder, or empty
-    train: Split
-    val: Split
-    val_images: np.ndarray  # (M, S, S, 3) uint8, the held-out pictures
-
 
 def digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -529,9 +477,8 @@ def digest(content):
 
 def describe_file(path):
     """The size and SHA-256 of a file; of COCO's arrays, up to 53 GB, the size alone."""
-    if path.is_file():
-        size = path.stat().st_size
-        return [size, sha256(path) if size < 2 ** 28 else None]
+    size = path.stat().st_size if path.is_file() else -1
+    return [size, sha256(path) if 0 <= size < 2 ** 28 else None]
 
 
 def write_meta(folder, meta):
@@ -541,8 +488,12 @@ def write_meta(folder, meta):
     write_json(folder / "meta.json", meta | {"sha256": digest(meta)})
 
 
-def read_cache(folder: str | Path) -> Cache:
-    """Open a finished cache; UserError for anything else."""
+def read_cache(folder: str | Path) -> SimpleNamespace:
+    """Open a finished cache; UserError for anything else.
+
+    It has meta, captions (R lines), autoencoder (a state dict, or empty), and the arrays by their
+    files' names, which stay on disk until indexed: text, train_moments, train_pairs, ...
+    """
     folder = Path(folder)
     path, advice = folder / "meta.json", f"delete {folder} and prepare it again"
     with reading(path, f"a finished cache (run prepare_data.py, or if there is one, {advice})"):
@@ -552,15 +503,12 @@ def read_cache(folder: str | Path) -> Cache:
     for name, facts in meta["files"].items():
         if describe_file(folder / name) != facts:
             raise UserError(f"{folder / name} is missing, damaged or of another cache: {advice}.")
-    arrays = {name: np.load(folder / name, mmap_mode="c") for name in meta["files"]
-              if name != "captions.txt"}
-    autoencoder = {key: torch.from_numpy(value)
-                   for key, value in arrays.get("autoencoder.npz", {}).items()}
+    arrays = {Path(name).stem: np.load(folder / name, mmap_mode="c")
+              for name in meta["files"] if name != "captions.txt"}
+    linear = arrays.pop("autoencoder", {}).items()
+    autoencoder = {key: torch.from_numpy(array) for key, array in linear}
     captions = (folder / "captions.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    train, val = [Split(arrays[f"{split}_moments.npy"], np.asarray(arrays[f"{split}_pairs.npy"]))
-                  for split in ("train", "val")]
-    return Cache(meta, captions, arrays["text.npy"], autoencoder, train, val,
-                 arrays["val_images.npy"])
+    return SimpleNamespace(meta=meta, captions=captions, autoencoder=autoencoder, **arrays)
 
 
 def same_data(meta, other):
@@ -571,35 +519,18 @@ def same_data(meta, other):
         if isinstance(a, dict) and isinstance(b, dict):
             if difference := same_data(a, b):
                 return f"{key}: {difference}"
-        elif a != b and not (floats and math.isclose(a, b, rel_tol=1e-3)):
+        elif a != b and not (floats and abs(a - b) <= 1e-3 * abs(a)):
             return f"{key} ({a!s:.20} and {b!s:.20})"
 
 
 # ---- 5. public files ----
 
-COCO = "http://images.cocodataset.org"  # http: its certificate doesn't cover a name with dots
-HF = "https://huggingface.co"
-FILES = {  # name -> (address, bytes, SHA-256); COCO publishes no hashes: these are mirrors'
-    "annotations_trainval2014.zip": (f"{COCO}/annotations/annotations_trainval2014.zip",
-        252_872_794, "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009"),
-    "train2014.zip": (f"{COCO}/zips/train2014.zip",
-        13_510_573_713, "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775"),
-    "val2014.zip": (f"{COCO}/zips/val2014.zip",
-        6_645_013_297, "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0"),
-    # The autoencoder of Stable Diffusion 1.4, most likely U-ViT's and the paper's own. The later
-    # "ft-mse" and "ft-ema" share its encoder, and so its caches, but their decoders move the FID.
-    "kl-f8.bin": (
-        f"{HF}/CompVis/stable-diffusion-v1-4/resolve/main/vae/diffusion_pytorch_model.bin",
-        334_707_217, "1b134cded8eb78b184aefb8805b6b572f36fa77b255c483665dda931fa0130c5"),
-    # OpenAI's own addresses are gone; their ViT-L-14.pt can be given by path.
-    "clip-vit-large-patch14.bin": (
-        f"{HF}/openai/clip-vit-large-patch14/resolve/main/pytorch_model.bin",
-        1_710_671_599, "f1a17cdbe0f36fec524f5cafb1c261ea3bbbc13e346e0f74fc9eb0460dedd0d3"),
-    "pt_inception-2015-12-05-6726825d.pth": (
-        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-        "pt_inception-2015-12-05-6726825d.pth",
-        95_628_359, "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
-}
+# Name -> address, bytes, SHA-256. COCO publishes no hashes: these are mirrors'. Its address is http,
+# as its certificate doesn't cover a name with dots. kl-f8.bin is the autoencoder of Stable Diffusion
+# 1.4, most likely U-ViT's and the paper's own; the later "ft-mse" and "ft-ema" share its encoder, and
+# so its caches, but their decoders move the FID. OpenAI's own addresses of CLIP are gone; their
+# ViT-L-14.pt can be given by path.
+FILES = json.loads((Path(__file__).parent / "assets/files.json").read_text())
 
 
 def fetch(name: str, folder: str | Path) -> Path:
@@ -613,9 +544,8 @@ def fetch(name: str, folder: str | Path) -> Path:
         except (OSError, RuntimeError) as error:
             print(f"{url}: {error}")
     if not path.exists() or sha256(path) != expected:
-        raise UserError(f"{path} is missing, or not the public file of {size:,} bytes and SHA-256 "
-                        f"{expected}: delete it, fetch it with curl -L -C - --create-dirs -o "
-                        f"{path} {url}, then run the same command again.")
+        raise UserError(f"{path} is missing, or its SHA-256 is not {expected} ({size:,} bytes): "
+                        f"delete it, and fetch it: curl -L -C - --create-dirs -o {path} {url}")
     return path
 
 

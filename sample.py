@@ -16,28 +16,28 @@ where ' is the next step, and h the way to it in log(alpha / sigma).
 
 Picture i has a noise generator of its own, seeded with seed + i: the same seed gives the same
 picture whatever the batch. Each call makes a new folder, out/NAME/generated/0001 and so on, and
-overwrites nothing: 00000.png, 00001.png, ... (their metadata hold prompt, seed and settings),
-captions.txt and grid.png.
+overwrites nothing: 00000.png, 00001.png, ..., captions.txt and grid.png.
 
 [CFG] arXiv 2207.12598   [DPM++] arXiv 2211.01095
 """
 import itertools
 import math
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from clip_text import count_truncated, encode_captions, load_text_tower
 from model import (Constants, FilePath, Natural, Size, UserError, UViT, autocast,
-                   choose_device, load_uvit, noise_schedule, read_checkpoint, reading, run,
+                   choose_device, load_frozen, noise_schedule, read_checkpoint, reading, run,
                    writing)
-from vae import load_autoencoder, to_uint8
+from vae import load_autoencoder, to_pictures
 
 SolverSteps = Annotated[int, 1, 1000]
 GuidanceScale = Annotated[float, 0, 100]
@@ -52,7 +52,6 @@ class Config(Constants):
     guidance_scale: GuidanceScale = 3.0     # w; 1 = no guidance
     seed: Natural = 0               # picture i has seed + i
     batch_size: Size = 64
-    raw: bool = False               # True: the weights without their moving average (EMA)
     out: FilePath | None = None     # a new folder; None: the next in OUT/NAME/generated
     weights: FilePath = "weights"   # folder of the public weights, if it needs them
 
@@ -124,17 +123,16 @@ def sample_latents(net: UViT, context: torch.Tensor, prompts: torch.Tensor,
 class Pipeline:
     """A checkpoint with all that it needs to draw: network, text tower, autoencoder."""
 
-    def __init__(self, path, raw=False, weights="weights"):
+    def __init__(self, path, weights="weights"):
         self.device = choose_device()
         with reading(path, "a checkpoint of train.py"):
-            checkpoint = read_checkpoint(path)
-            self.meta, self.step = checkpoint["meta"], checkpoint["step"]
-            self.latent_scale = float(checkpoint["latent_scale"])
-            net = load_uvit(checkpoint, "model" if raw else "ema", path)
+            saved = read_checkpoint(path)
+            self.meta, self.step = saved["meta"], saved["step"]
+            self.latent_scale = float(saved["latent_scale"])
+            net = load_frozen(UViT(saved["uvit"]), saved["ema"])
             text_tower = load_text_tower(self.meta["text_tower"], weights)
-            autoencoder = load_autoencoder(self.meta["autoencoder"],
-                                           checkpoint["autoencoder"], weights)
-            null_context = checkpoint["null_context"]  # (L, E)
+            autoencoder = load_autoencoder(self.meta["autoencoder"], saved["autoencoder"], weights)
+            null_context = saved["null_context"]  # (L, E)
             if null_context is None:
                 length = net.config.context_len
                 null_context = encode_captions(text_tower, [""], length)[0][0]
@@ -149,11 +147,11 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(self, latents):
-        """Latents as the network sees them -> (B, 3, H, W) uint8 on the CPU."""
-        return to_uint8(self.autoencoder.decode(latents / self.latent_scale)).cpu()
+        """Latents as the network sees them -> pictures (B, H, W, 3) uint8."""
+        return to_pictures(self.autoencoder.decode(latents / self.latent_scale))
 
     def draw(self, captions, seeds, steps, guidance_scale):
-        """One picture per caption and seed: (B, 3, H, W) uint8."""
+        """One picture per caption and seed: (B, H, W, 3) uint8."""
         distinct = list(dict.fromkeys(captions))
         prompts = torch.tensor([distinct.index(caption) for caption in captions])
         z = sample_latents(self.net, self.encode(distinct), prompts, self.null_context,
@@ -162,33 +160,18 @@ class Pipeline:
 
 
 def main(config: Config):
-    pipeline = Pipeline(config.checkpoint, config.raw, config.weights)
+    pipeline = Pipeline(config.checkpoint, config.weights)
     length = pipeline.net.config.context_len
     if count_truncated([config.prompt], length):
         print(f"The prompt is longer than the model's {length} tokens and is cut short.")
-    home = Path(config.checkpoint).parent / "generated"
-    numbered = (home / f"{number:04d}" for number in itertools.count(1))
+    numbered = (Path(config.checkpoint).parent / f"generated/{i:04d}" for i in itertools.count(1))
     folder = new_folder([Path(config.out)] if config.out else numbered)
-    names = [f"{i:05d}.png" for i in range(config.n)]
-
-    weights = "raw" if config.raw else "EMA"
-    settings = {"guidance_scale": config.guidance_scale, "steps": config.steps,
-                "sampler": "DPM-Solver++(2M)", "checkpoint": config.checkpoint,
-                "train_step": pipeline.step, "weights": weights}
-    pictures, seeds = [], list(range(config.seed, config.seed + config.n))
-    for i in tqdm(range(0, config.n, config.batch_size), "sampling", unit="batch"):
-        part = slice(i, i + config.batch_size)
-        prompts = [config.prompt] * len(seeds[part])
-        drawn = pipeline.draw(prompts, seeds[part], config.steps, config.guidance_scale)
-        save_pictures(folder, names[part], drawn, prompts, seeds[part], settings)
-        if i < 64:  # what grid.png shows
-            pictures.append(drawn)
-    write_captions(folder, names, [config.prompt] * config.n)
-    labels = [f"seed {seed}" for seed in seeds[:64]]
+    paths = draw_files(pipeline, folder, [config.prompt] * config.n, config)[:64]
+    pictures = np.stack([Image.open(path) for path in paths])
+    labels = [f"seed {config.seed + i}" for i in range(len(paths))]
     columns = min(8, math.ceil(math.sqrt(config.n)))
-    draw_grid(torch.cat(pictures)[:64], labels, columns).save(folder / "grid.png")
-    print(f"{config.n} pictures of {config.prompt!r} are in {folder}; "
-          f"look at {folder / 'grid.png'}")
+    draw_grid(pictures, labels, columns).save(folder / "grid.png")
+    print(f"{config.n} pictures of {config.prompt!r}: look at {folder / 'grid.png'}")
 
 
 # ---- 4. pictures on disk ----
@@ -197,39 +180,36 @@ def new_folder(candidates):
     """Create the first of the candidates that is free."""
     for folder in candidates:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with suppress(FileExistsError):
             folder.mkdir()
             return folder
-        except FileExistsError:
-            continue
     raise UserError(f"{folder} exists already, and nothing is overwritten: name a new folder.")
 
 
-def write_captions(folder, names, captions):
-    """captions.txt: lines of name, tab, caption."""
-    with writing(folder / "captions.txt", "w") as file:
-        for name, caption in zip(names, captions):
-            file.write(f"{name}\t{' '.join(caption.split())}\n")
+def draw_files(pipeline, folder, captions, config):
+    """Draw 00000.png, ... in `folder`, but for batches that are there already; their paths.
 
-
-def save_pictures(folder, names, pictures, captions, seeds, settings):
-    """Write PNG files, with caption, seed and settings as text inside."""
-    for name, picture, caption, seed in zip(names, pictures, captions, seeds):
-        info = PngImagePlugin.PngInfo()
-        for key, value in ({"prompt": caption, "seed": seed} | settings).items():
-            info.add_itxt(key, str(value))
-        with writing(folder / name) as file:
-            to_image(picture).save(file, "PNG", pnginfo=info)
-
-
-def to_image(picture):
-    """(3, H, W) uint8 -> a Pillow image."""
-    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    Picture i has captions[i], which captions.txt lists, and the seed + i.
+    """
+    paths = [folder / f"{i:05d}.png" for i in range(len(captions))]
+    with writing(folder / "captions.txt", "w") as file:  # lines of name, tab, caption
+        for path, caption in zip(paths, captions):
+            file.write(f"{path.name}\t{' '.join(caption.split())}\n")
+    for batch in tqdm(torch.arange(len(paths)).split(config.batch_size), f"sampling {folder}"):
+        if all(paths[i].exists() for i in batch):
+            continue
+        seeds = [config.seed + i for i in batch.tolist()]
+        texts = [captions[i] for i in batch]
+        pictures = pipeline.draw(texts, seeds, config.steps, config.guidance_scale)
+        for i, picture in zip(batch, pictures):
+            with writing(paths[i]) as file:
+                Image.fromarray(picture).save(file, "PNG")
+    return paths
 
 
 def draw_grid(pictures, captions, columns):
-    """Pictures (B, 3, H, W) uint8 above their captions; small ones are enlarged, not smoothed."""
-    side, margin, line = pictures.shape[-1], 8, 14
+    """Pictures (B, S, S, 3) uint8 above their captions; small ones are enlarged, not smoothed."""
+    side, margin, line = pictures.shape[1], 8, 15
     side *= max(1, 128 // side)
     texts = [textwrap.wrap(caption, side // 6)[:20] for caption in captions]  # 6 pixels a letter
     width = side + margin
@@ -239,10 +219,9 @@ def draw_grid(pictures, captions, columns):
     canvas, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
     for i, picture in enumerate(pictures):
         x, y = margin + i % columns * width, margin + i // columns * height
-        image = to_image(picture).resize((side, side), Image.Resampling.NEAREST)
+        image = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
         grid.paste(image, (x, y))
-        for n, text in enumerate(texts[i]):
-            canvas.text((x, y + side + 2 + line * n), text, fill="black", font=font)
+        canvas.text((x, y + side + 2), "\n".join(texts[i]), fill="black", font=font)
     return grid
 
 

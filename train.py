@@ -33,9 +33,8 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -44,16 +43,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import prepare_data
 import sample
-from model import (CHECKPOINT_FORMAT, Constants, FilePath, Natural, Positive, Share, Size,
+from model import (CHECKPOINT_FORMAT, Constants, FilePath, Mlp, Natural, Positive, Share, Size,
                    UserError, UViT, UViTConfig, add_noise, autocast, choose_device,
                    choose_precision, command, count_multiply_adds, noise_schedule, one_writer,
                    read_checkpoint, reading, run, writing)
-from vae import load_autoencoder, sample_latent, to_uint8
+from vae import load_autoencoder, sample_latent, to_pictures
 
 
 @dataclass
@@ -98,7 +95,6 @@ class Config(Constants):
     validate_every: Positive = 500
     draw_every: Positive = 500
     save_every: Positive = 500
-    validation_images: Positive = 500
     guidance_scale: sample.GuidanceScale = 3.0  # of sample grids and score
     sample_steps: sample.SolverSteps = 20
     score: bool = True              # shapes: evaluate last.pt at the end
@@ -115,7 +111,7 @@ def compute_loss(net, alpha_bar, precision, z0, eps, t, context):
     zt = add_noise(z0, eps, t, alpha_bar)  # (B, C, H, W)
     with autocast(zt.device, precision):
         predicted = net(zt, t, context)
-    return F.mse_loss(predicted.float(), eps)
+    return nn.functional.mse_loss(predicted.float(), eps)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -137,36 +133,30 @@ def update_ema(ema: UViT, net: UViT, step: int, config: Config):
 
 def main(config: Config, draw=None):
     """Train, save and score one network; `draw(step, net, ema, folder)` replaces sample grids."""
-    rank, world, device = start_processes(config)
-    cache, uvit = open_data(config, rank)
-    with open_run(config, rank) as (config, folder, stop):
+    device = start_processes(config)
+    cache, uvit = open_data(config)
+    with open_run(config) as (config, folder, stop):
         precision = choose_precision(device, config.precision)
         alpha_bar = noise_schedule().float().to(device)
-        data = Batches(cache, config, rank, world, device)
+        data = Batches(cache, config, device)
         held_out = HeldOut(cache, config, alpha_bar, precision)
         draw = draw or SampleGrid(cache, config, device).draw
         net, ema, optimizer, scaler = start_network(config, uvit, device, precision)
         report = Report(config, folder, device)
-        parts = {"model": net, "ema": ema, "optimizer": optimizer, "scaler": scaler,
-                 "report": report}
+        parts = dict(model=net, ema=ema, optimizer=optimizer, scaler=scaler, report=report)
         step = load_run(folder / "last.pt", config, parts, cache.meta) if config.resume else 0
         print_facts(config, net, data, cache.meta, precision)
-        wrapped = wrap_network(net, config, device, lambda compiled: compute_loss(
-            compiled, alpha_bar, precision, *data.read(step)[0]).backward())  # only if compiled
-        optimizer.zero_grad()
+        wrapped = wrap_network(net, config, device)
         save = partial(save_checkpoint, folder, parts, config, cache)
         save("last.pt", step)  # tests that the disk is writable
         report.restart_clock(step)
 
         for step, batches in data.stream(step + 1, config.steps):
             rate = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            for i, batch in enumerate(batches, start=1):  # their gradients add up
-                synchronise = world == 1 or i == len(batches)
-                with nullcontext() if synchronise else wrapped.no_sync():
-                    loss = compute_loss(wrapped, alpha_bar, precision, *batch)
-                    scaler.scale(loss / len(batches)).backward()
+            optimizer.param_groups[0]["lr"] = rate
+            for batch in batches:  # their gradients add up
+                loss = compute_loss(wrapped, alpha_bar, precision, *batch)
+                scaler.scale(loss / len(batches)).backward()
                 report.losses.append(loss.detach())
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip or math.inf)
@@ -184,7 +174,7 @@ def main(config: Config, draw=None):
                     with optional("best.pt"):
                         save("best.pt", step)
                 report.write_log(step)
-            if FIRST and (last or step % config.draw_every == 0):
+            if RANK == 0 and (last or step % config.draw_every == 0):
                 with optional("the sample grid"):
                     draw(step, net, ema, folder)
                 report.restart_clock(step)
@@ -193,7 +183,8 @@ def main(config: Config, draw=None):
                 report.restart_clock(step)
             if stopping:
                 break
-    finish(config, folder, step, cache, device, stop)
+    if RANK == 0:
+        finish(config, folder, step, cache, device, stop)
 
 
 # ---- 3. batches ----
@@ -207,14 +198,13 @@ def seeded(*key, device="cpu"):
 class Batches:
     """Training batches as a function of the step."""
 
-    def __init__(self, cache, config, rank, world, device):
+    def __init__(self, cache, config, device):
         self.config, self.device = config, device
-        self.rank, self.world = rank, world
-        self.scale = cache.meta["latent_scale"]
-        self.moments = torch.from_numpy(cache.train.moments)  # on disk until indexed
+        self.scale, self.shape = cache.meta["latent_scale"], cache.meta["latent_shape"]
+        self.moments = torch.from_numpy(cache.train_moments)  # on disk until indexed
         self.text = torch.from_numpy(cache.text)
         self.pictures = len(self.moments)
-        self.pairs = torch.from_numpy(cache.train.pairs)  # (K, 2): picture, text row
+        self.pairs = torch.from_numpy(cache.train_pairs)  # (K, 2): picture, text row
         number = self.pairs[:, 0].contiguous()  # ascending
         self.first_pair = torch.searchsorted(number, torch.arange(self.pictures + 1))
 
@@ -241,28 +231,24 @@ class Batches:
         size = config.pictures_per_step
         pictures, texts = self.choose(index, size)
         generator = seeded(config.seed, 2, index, device=device)
-        _, twice_channels, H, W = self.moments.shape  # mean and log variance
-        shape = (2, size, twice_channels // 2, H, W)
-        noise, eps = torch.randn(shape, generator=generator, device=device)
+        noise, eps = torch.randn(2, size, *self.shape, generator=generator, device=device)
         u = torch.rand(size, generator=generator, device=device)
         t = (1000 * u ** config.t_power).ceil().clamp(1, 1000).long()
         batches = []
-        order = torch.arange(size).view(config.grad_accum, self.world, -1)
-        for mine in order[:, self.rank]:
+        for mine in torch.arange(size).view(config.grad_accum, WORLD, -1)[:, RANK]:
             moments = self.moments[pictures[mine]].to(device)  # (B, 2C, H, W)
             context = self.text[texts[mine]].to(device).float()  # (B, L, E)
             z0 = self.scale * sample_latent(moments, noise[mine])
             batches.append((z0, eps[mine], t[mine], context))
         return batches
 
-    def stream(self, start, stop):
-        """(step, its batches) for start..stop; a thread reads one step ahead."""
-        start_thread = None
-        if self.device.type == "cuda":  # each thread has a current device
-            start_thread = partial(torch.cuda.set_device, self.device)
-        with ThreadPoolExecutor(1, initializer=start_thread) as reader:
-            ahead = reader.submit(self.read, start - 1)
-            for step in range(start, stop + 1):
+    def stream(self, first, last):
+        """(step, its batches) for first..last; a thread reads one step ahead."""
+        cuda = self.device.type == "cuda"  # each thread has a current device
+        start = torch.cuda.set_device if cuda else None
+        with ThreadPoolExecutor(1, "reader", start, (self.device,)) as reader:
+            ahead = reader.submit(self.read, first - 1)
+            for step in range(first, last + 1):
                 batches, ahead = ahead.result(), reader.submit(self.read, step)
                 yield step, batches
 
@@ -272,87 +258,74 @@ class HeldOut:
 
     def __init__(self, cache, config, alpha_bar, precision):
         self.alpha_bar, self.precision = alpha_bar, precision
-        pairs = torch.from_numpy(cache.val.pairs)[:config.validation_images]
+        pairs = torch.from_numpy(cache.val_pairs)[:500]
         pairs = pairs.repeat(math.ceil(100 / len(pairs)), 1)  # few: each at several t
         self.size = len(pairs)  # (size, 2): picture, text row
         generator = torch.Generator().manual_seed(0)
-        moments = torch.from_numpy(cache.val.moments[pairs[:, 0].numpy()])
-        shape = (2, self.size, *cache.meta["latent_shape"])
-        noise, eps = torch.randn(shape, generator=generator)  # (size, C, H, W) each
+        moments = torch.from_numpy(cache.val_moments[pairs[:, 0].numpy()])
+        shape = cache.meta["latent_shape"]  # C, H, W
+        noise, eps = torch.randn(2, self.size, *shape, generator=generator)
         z0 = cache.meta["latent_scale"] * sample_latent(moments, noise)
-        order = torch.randperm(self.size, generator=generator)
-        t = torch.linspace(1, 1000, self.size).long()[order]
+        t = torch.linspace(1, 1000, self.size)[torch.randperm(self.size, generator=generator)].long()
         context = torch.from_numpy(cache.text[pairs[:, 1].numpy()]).float()
         parts = [x.to(alpha_bar.device).split(64) for x in (z0, eps, t, context)]
         self.batches = list(zip(*parts))
 
     @torch.no_grad()
     def loss(self, net):
-        losses = []
-        for batch in self.batches:
-            loss = compute_loss(net, self.alpha_bar, self.precision, *batch)
-            losses.append(loss * len(batch[0]))
+        losses = [len(batch[0]) * compute_loss(net, self.alpha_bar, self.precision, *batch)
+                  for batch in self.batches]
         return (torch.stack(losses).sum() / self.size).item()
 
 
 # ---- 4. processes, data and network ----
 
-FIRST = os.environ.get("RANK", "0") == "0"  # the process that prints and writes
+# Under torchrun this is process RANK of WORLD; the first one prints and writes.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def print0(text):
     """Print in the first process; a closed terminal or pipe must not stop a run."""
     try:
-        if FIRST:
+        if RANK == 0:
             print(text, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")
 
 
 def start_processes(config):
-    """(rank, processes, device): one process, or one per GPU under torchrun (on CPUs with gloo)."""
-    world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    if config.batch_size % world:
-        raise UserError(f"--batch_size={config.batch_size}: expected a multiple of the {world} "
-                        "processes that share it.")
-    if "RANK" not in os.environ:
-        return 0, 1, choose_device()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
+    """The device of this process; under torchrun each has a GPU of its own, or all share the CPU."""
+    if config.batch_size % WORLD:
+        raise UserError(f"--batch_size={config.batch_size} is no multiple of {WORLD} processes.")
+    if WORLD > 1 and not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    return dist.get_rank(), world, choose_device()
+    return choose_device()
 
 
 def any_process(stop):
     """Whether one of the processes is asked to stop: all leave together."""
     asked = torch.tensor(float(bool(stop)))
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.all_reduce(asked)  # on the CPU
     return bool(asked)
 
 
-def describe_uvit(config, **data):
-    """The network's configuration: the constants that it uses, and the sizes of the data."""
-    early = ["depth"]
-    intermediate = ["n_image", "n_fuse", "n_text", "fuse_shift"]
-    names = ["fusion", "conditioning", "patch_size", "width", "heads"]
-    names += early if config.fusion == "early" else intermediate
-    return UViTConfig(**data, **{name: getattr(config, name) for name in names})
-
-
-def open_data(config, rank):
+def open_data(config):
     """The cache, and a network's configuration that fits it. A first run makes the shapes."""
     missing = not Path(config.data, "meta.json").exists()
-    if rank == 0 and missing and config.data == Config.data:
+    if RANK == 0 and missing and config.data == Config.data:
         prepare_data.main(prepare_data.Config())
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.barrier()
     cache = prepare_data.read_cache(config.data)
-    channels, image_size, _ = cache.meta["latent_shape"]
-    _, context_len, context_dim = cache.text.shape
-    return cache, describe_uvit(config, image_size=image_size, channels=channels,
-                                context_len=context_len, context_dim=context_dim)
+    channels, side, _ = cache.meta["latent_shape"]
+    _, L, E = cache.text.shape
+    names = vars(config).keys() & UViTConfig.__dataclass_fields__
+    return cache, UViTConfig(**{name: getattr(config, name) for name in names}, channels=channels,
+                             image_size=side, context_len=L, context_dim=E)
 
 
 def start_network(config, uvit, device, precision):
@@ -371,24 +344,24 @@ def start_network(config, uvit, device, precision):
     return net, ema, optimizer, torch.amp.GradScaler(device.type, init_scale=scale)
 
 
-def wrap_network(net, config, device, warm_up):
+def wrap_network(net, config, device):
     """The network, compiled where that pays, and shared by all processes.
 
     "auto" compiles on CUDA what does 1e16 multiply-adds or more: a guess, not yet measured.
-    Compiling takes a minute or more. A CPU gains 3% (measured) and does without.
+    Compiling takes a minute or more.
     """
-    images = config.steps * config.pictures_per_step
-    work = 3 * images * sum(count_multiply_adds(net.config))  # forward and backward
+    # 3: a backward pass costs twice a forward pass
+    work = 3 * config.steps * config.pictures_per_step * sum(count_multiply_adds(net.config))
     pays = device.type == "cuda" and work >= 1e16
     if config.compile == "on" or config.compile == "auto" and pays:
-        compiled = torch.compile(net)
         try:
-            warm_up(compiled)
-            net = compiled
-        except Exception as error:  # it must not cost the run
+            torch.compile(Mlp(8).to(device))(torch.ones(1, 8, device=device))  # is it possible?
+            net = torch.compile(net)
+        except Exception as error:
             print0(f"torch.compile failed and is off ({type(error).__name__}: {error!s:.200}).")
-    if dist.is_initialized():
-        net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
+    if WORLD > 1:
+        gpu = [device.index] if device.type == "cuda" else None
+        net = nn.parallel.DistributedDataParallel(net, gpu)
     return net
 
 
@@ -398,13 +371,12 @@ def print_facts(config, net, data, meta, precision):
     uvit, giga = net.config, sum(count_multiply_adds(net.config)) / 1e9
     parameters = sum(p.numel() for p in net.parameters())
     size, window = config.pictures_per_step, uvit.window
-    cuda = data.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else data.device.type
-    print0(f"{uvit.fusion} fusion by {uvit.conditioning}: {uvit.blocks} blocks, text in "
-           f"{window[0]} to {window[-1]}, {uvit.text_blocks} text blocks; {parameters:,} "
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else data.device.type
+    print0(f"{uvit.fusion} fusion by {uvit.conditioning}: {uvit.depth} blocks, text in "
+           f"{window[0]} to {window[-1]}, {uvit.n_text} text blocks; {parameters:,} "
            f"parameters, {giga:.3f} G multiply-adds = {2 * giga:.3f} GFLOPs per image\n"
            f"{data.pictures:,} pictures, {len(data.pairs):,} captions; {config.steps:,} steps of "
-           f"{size} = {config.steps * size / data.pictures:.3g} epochs; {data.world} x {device}, "
+           f"{size} = {config.steps * size / data.pictures:.3g} epochs; {WORLD} x {device}, "
            f"{precision}\ntext tower: {meta['text_tower']['about']}; "
            f"autoencoder: {meta['autoencoder']['about']}")
 
@@ -431,14 +403,12 @@ class Report:
         self.losses, self.norms = [], []  # since the last measurement
 
     def state_dict(self):
-        seconds = time.perf_counter() - self.began
-        return {"best": self.best, "skipped": self.skipped, "seconds": seconds,
-                "lines": self.lines}
+        self.seconds = time.perf_counter() - self.began
+        return {key: getattr(self, key) for key in ("best", "skipped", "seconds", "lines")}
 
     def load_state_dict(self, state):
-        self.best, self.skipped = state["best"], state["skipped"]
-        self.lines = state["lines"]
-        self.began -= state["seconds"]
+        vars(self).update(state)
+        self.began -= self.seconds
 
     def restart_clock(self, step):
         """Drawing and saving are not training time."""
@@ -450,23 +420,22 @@ class Report:
         """A line for log.csv, printed too; the loss is a mean over the steps since the last one."""
         losses = torch.stack(self.losses)
         finite = torch.stack(self.norms).isfinite()
-        if dist.is_initialized():
+        if WORLD > 1:
             dist.all_reduce(losses)
-            losses /= dist.get_world_size()
+            losses /= WORLD
         loss = losses[losses.isfinite()].mean().item()  # waits for the device
         now, config = time.perf_counter(), self.config
         pace = (now - self.clock) / (step - self.step)
         speed = config.pictures_per_step / pace
-        left = timedelta(seconds=round((config.steps - step) * pace))
+        left = (config.steps - step) * pace / 60
         self.skipped += (~finite).sum().item()
         skipped = f"  ({self.skipped} skipped: not finite)" if self.skipped else ""
         print0(f"step {step:,}/{config.steps:,}  loss {loss:.4f}  {speed:,.0f} images/s  "
-               f"{left} left{skipped}")
+               f"{left:,.0f} minutes left{skipped}")
         if not finite.any() and self.skipped >= 10:
-            again = command("train.py", config, resume=True,
-                            learning_rate=config.learning_rate / 3)
+            lower = config.learning_rate / 3
             raise UserError("No step is finite any more. Resume with a lower rate: "
-                            f"{again}")
+                            f"{command('train.py', config, resume=True, learning_rate=lower)}")
         norm, seconds = self.norms[-1].item(), now - self.began
         self.lines.append([step, seconds, loss, rate, norm, speed, self.skipped, None, None])
         self.losses, self.norms = [], []
@@ -475,12 +444,11 @@ class Report:
         """Note the held-out losses; True if that of the EMA is the lowest so far."""
         print0(f"           held-out loss {raw:.4f}, of the EMA {ema:.4f}")
         self.lines[-1][-2:] = raw, ema
-        lowest = ema < self.best
-        self.best = min(ema, self.best)
-        return lowest
+        before, self.best = self.best, min(ema, self.best)
+        return ema < before
 
     def write_log(self, step):
-        if FIRST:
+        if RANK == 0:
             with optional("log.csv"), writing(self.folder / "log.csv", "w") as file:
                 csv.writer(file, lineterminator="\n").writerows(self.lines)
         self.restart_clock(step)
@@ -491,7 +459,7 @@ class SampleGrid:
 
     def __init__(self, cache, config, device):
         self.config, self.scale = config, cache.meta["latent_scale"]
-        texts = list(dict.fromkeys(cache.val.pairs[:, 1].tolist()))[:8]
+        texts = list(dict.fromkeys(cache.val_pairs[:, 1].tolist()))[:8]
         self.captions = [cache.captions[i] for i in texts]
         context = torch.from_numpy(cache.text[[0, *texts]]).float().to(device)
         self.null_context, self.context = context[0], context[1:]
@@ -504,29 +472,29 @@ class SampleGrid:
             z = sample.sample_latents(weights, self.context, torch.arange(count),
                                       self.null_context, list(range(count)),
                                       self.config.sample_steps, self.config.guidance_scale)
-            pictures.append(to_uint8(self.autoencoder.decode(z / self.scale)).cpu())
+            pictures.append(to_pictures(self.autoencoder.decode(z / self.scale)))
             labels += [f"{name}: {caption}" for caption in self.captions]
         path = folder / "samples" / f"step_{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         with writing(path) as file:
-            sample.draw_grid(torch.cat(pictures), labels, columns=count).save(file, "PNG")
+            sample.draw_grid(np.concatenate(pictures), labels, columns=count).save(file, "PNG")
 
 
 # ---- 6. the run and its files ----
 
 @contextmanager
-def open_run(config, rank):
+def open_run(config):
     """Yields (config, folder, stop) of a new run or of one to resume, and holds its lock.
 
     `stop` is a list that the first Ctrl-C, SIGTERM or closed terminal fills; the second ends the
     run at once.
     """
-    folder, stop, before = Path("out", config.name), [], {}
+    folder, stop = Path("out", config.name), []
     if folder == Path("out") or not folder.is_relative_to("out") or ".." in folder.parts:
         raise UserError(f"--name={config.name}: expected a folder below out/, such as shapes.")
     if config.resume and not folder.is_dir():
         raise UserError(f"{folder} is missing: --name says which run in out/ to resume.")
-    if not config.resume and rank == 0:
+    if not config.resume and RANK == 0:
         numbered = (Path(f"{folder}-{number}") for number in itertools.count(2))
         folder = sample.new_folder(itertools.chain([folder], numbered))
         config = replace(config, name=folder.relative_to("out").as_posix())
@@ -537,16 +505,14 @@ def open_run(config, rank):
             raise KeyboardInterrupt
         stop.append(number)
         print0("Stopping after this step, to save it; once more ends the run at once.")
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            before[number] = signal.signal(number, ask)
-    try:
-        with one_writer(folder) if rank == 0 else nullcontext():
-            yield config, folder, stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with ExitStack() as stack:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                stack.callback(signal.signal, number, signal.signal(number, ask))
+        if RANK == 0:
+            stack.enter_context(one_writer(folder))
+        yield config, folder, stop
 
 
 def load_run(path, config, parts, meta):
@@ -554,34 +520,29 @@ def load_run(path, config, parts, meta):
     state = read_checkpoint(path)
     with reading(path, "a run of train.py to resume"):
         then = Config(**state["config"])
-        changed = [key for key in vars(config)
-                   if key != "resume" and getattr(then, key) != getattr(config, key)]
+        changed = {key for key in vars(config) if vars(then)[key] != vars(config)[key]} - {"resume"}
         other = prepare_data.same_data(state["meta"], meta)
         if state["uvit"] != parts["model"].config:
             other = "architecture"
-        for key in ("seed", "init_std", "sincos_positions", "validation_images"):
-            if key in changed:  # they act before the first step
+        for key in ("seed", "init_std", "sincos_positions", "beta", "weight_decay"):
+            if key in changed:  # it would have no effect any more
                 other = key
         if other:
             raise UserError(f"{path} was trained with another {other}; its own command is: "
                             f"{command('train.py', then, resume=True)}")
         if state["step"] >= config.steps:
-            raise UserError(f"{path} is at step {state['step']:,} already: raise "
-                            f"--steps={config.steps} to train longer.")
-        for key in changed:
+            raise UserError(f"{path} is at step {state['step']:,}: raise --steps to train longer.")
+        for key in sorted(changed):
             print0(f"{key} was {getattr(then, key)} and is now {getattr(config, key)}")
-        group = parts["optimizer"].param_groups[0]
-        constants = {key: group[key] for key in ("betas", "weight_decay")}
         for name, part in parts.items():
             if name != "scaler" or part.get_scale() > 1 and state["scaler"]["scale"] > 1:
                 part.load_state_dict(state[name])
-        parts["optimizer"].param_groups[0].update(constants)  # they may have changed
         return state["step"]
 
 
 def save_checkpoint(folder, parts, config, cache, name, step):
     """Whole or not at all: whatever happens, the checkpoint before stays."""
-    if not FIRST:
+    if RANK > 0:
         return
     checkpoint = {"format": CHECKPOINT_FORMAT, "step": step}
     checkpoint |= {name: part.state_dict() for name, part in parts.items()}
@@ -597,18 +558,16 @@ def save_checkpoint(folder, parts, config, cache, name, step):
 
 def finish(config, folder, step, cache, device, stop):
     """Say how to resume a stopped run; score one that has ended, and say how to draw."""
-    if not FIRST:
-        return
     if device.type == "cuda":
         print0(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
     if step < config.steps:
         again = command("train.py", config, resume=True)
         return print0(f"Stopped at step {step:,}; resume with: {again}")
     import evaluate  # here: who reads the method need not read it
-    shared = {"checkpoint": str(folder / "last.pt"), "weights": config.weights,
-              "guidance_scale": config.guidance_scale}
-    scoring = evaluate.Config(**shared, data=config.data, steps=config.sample_steps)
-    drawing = sample.Config(**shared, prompt=cache.captions[cache.val.pairs[0, 1]])
+    path, prompt = str(folder / "last.pt"), cache.captions[cache.val_pairs[0, 1]]
+    same = {"weights": config.weights, "guidance_scale": config.guidance_scale}
+    scoring = evaluate.Config(path, config.data, steps=config.sample_steps, **same)
+    drawing = sample.Config(path, prompt, **same)
     print0(f"The run is whole and saved. Its score:\n  {command('evaluate.py', scoring)}")
     if config.score and cache.meta["dataset"] == "shapes" and not stop:
         evaluate.main(scoring)

@@ -1,8 +1,8 @@
 """Image <-> latent: the autoencoder that makes pictures small enough for a transformer.
 
-    image  --to_unit-->   x in [-1, 1]  --encode-->  moments  --sample_latent-->     latent z
-    uint8 (B, 3, H, W)    (B, 3, H, W)               (B, 2C, h, w)                   (B, C, h, w)
-    image  <--to_uint8--  x about [-1, 1]  <------------------ decode ------------------+
+    picture  --to_unit-->     x in [-1, 1]  --encode-->  moments  --sample_latent-->     latent z
+    uint8 (B, H, W, 3)        (B, 3, H, W)               (B, 2C, h, w)                   (B, C, h, w)
+    picture  <--to_pictures--  x about [-1, 1]  <---------------- decode ------------------+
 
 Moments are the mean and log-variance of a normal distribution over latents: z = mean + std * noise.
 A data cache holds moments, so that a picture has another latent each time it is seen. The diffusion
@@ -23,21 +23,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError, find_weights, load_strictly, read_weights, reading
+from model import find_weights, load_frozen, read_weights, reading
 
 CHUNK = 8   # images at a time: at 256x256 the KL decoder needs 0.3 GB for each
 
 
 # ---- 1. pixels, moments, latents ----
 
-def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+def to_unit(pictures):
+    """uint8 array (B, H, W, 3) -> float32 tensor (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Float (B, 3, H, W) in [-1, 1], clamped -> uint8, rounded to the nearest."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def to_pictures(x):
+    """Float tensor (B, 3, H, W) in [-1, 1], clamped -> uint8 array (B, H, W, 3), rounded."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def sample_latent(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -136,8 +136,7 @@ class KLAutoencoder(nn.Module):
             level = chain(block=resnets(before, widths[i], blocks + 1))
             before = widths[i]
             if i > 0:
-                level.upsample = chain(repeat=nn.Upsample(scale_factor=2),
-                                       conv=conv(before, before))
+                level.upsample = chain(up=nn.Upsample(scale_factor=2), conv=conv(before, before))
             up.add_module(str(i), level)
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
         self.decoder = chain(conv_in=conv(4, deepest), mid=middle(deepest), up=up,
@@ -170,7 +169,7 @@ class LinearAutoencoder(nn.Module):
         self.register_buffer("mean", torch.zeros(48))
         self.register_buffer("components", torch.zeros(16, 48))     # V^(-1/4) U
 
-    def fit(self, x: torch.Tensor) -> "LinearAutoencoder":
+    def fit(self, x: torch.Tensor):
         """Principal components of the patches of x (M, 3, H, W) in [-1, 1]."""
         patches = self.cut(x).flatten(0, 2).double()    # (M*h*w, 48)
         self.mean.copy_(patches.mean(0))
@@ -180,7 +179,6 @@ class LinearAutoencoder(nn.Module):
         largest = U.gather(1, U.abs().argmax(1, keepdim=True))
         U *= largest.sign()      # the sign is arbitrary: fix it
         self.components.copy_(U * V ** -0.25)
-        return self
 
     def cut(self, x):
         """(B, 3, H, W) -> patches (B, H/4, W/4, 48), each in the order (channel, row, column)."""
@@ -205,18 +203,12 @@ class LinearAutoencoder(nn.Module):
 KL_FILE = "weights of an f8 KL autoencoder, by CompVis's or diffusers' names"
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 COMPVIS = {     # diffusers' names, old and new -> CompVis's
-    r"mid_block\.resnets\.0": "mid.block_1",
-    r"mid_block\.resnets\.1": "mid.block_2",
+    r"mid_block\.resnets\.0": "mid.block_1", r"mid_block\.resnets\.1": "mid.block_2",
     r"mid_block\.attentions\.0": "mid.attn_1",
     r"attn_1\.(to_)?(q|k|v)(uery|ey|alue)?\.": r"attn_1.\2.",
-    r"attn_1\.(to_out\.0|proj_attn)": "attn_1.proj_out",
-    "group_norm": "norm",
-    "down_blocks": "down",
-    r"(down|up)samplers\.0": r"\1sample",
-    "resnets": "block",
-    "conv_shortcut": "nin_shortcut",
-    "conv_norm_out": "norm_out",
-}
+    r"attn_1\.(to_out\.0|proj_attn)": "attn_1.proj_out", "group_norm": "norm",
+    "down_blocks": "down", r"(down|up)samplers\.0": r"\1sample", "resnets": "block",
+    "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out"}
 
 
 def load_vae(path: str | Path) -> KLAutoencoder:
@@ -238,18 +230,15 @@ def load_vae(path: str | Path) -> KLAutoencoder:
                 value = value.reshape(*value.shape[:2], 1, 1)   # to a 1x1 convolution
             if key.startswith(PARTS):
                 state[key] = value
-        if "encoder.conv_in.weight" not in state:
-            raise UserError(f"{path} holds no KL autoencoder: expected {KL_FILE}; "
-                            f"its first keys are {', '.join(map(str, [*weights][:5]))}.")
         channels = len(state["encoder.conv_in.weight"])
         widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(4)]
         blocks = {key.split(".")[4] for key in state if key.startswith("encoder.down.0.block.")}
         vae = KLAutoencoder(channels, tuple(width // channels for width in widths), len(blocks))
-    return load_strictly(vae, state, path).eval().requires_grad_(False)
+        return load_frozen(vae, state)
 
 
 def load_autoencoder(description, state, folder):
     """That of a cache or checkpoint: {"kind": "linear"}, of `state`, or {"kind": "kl"}, a file."""
     if description["kind"] == "linear":
-        return load_strictly(LinearAutoencoder(), state, "the stored state").eval()
+        return load_frozen(LinearAutoencoder(), state)
     return load_vae(find_weights(description, folder, "the autoencoder"))

@@ -20,7 +20,6 @@ held; exits with 1 if something did not hold, and then leaves its folder for ins
 import builtins
 import csv
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -57,7 +56,7 @@ class Config(Constants):
 
 SIZES = {"train_images": 30, "val_images": 10}
 TRAIN = train.Config(name="run", width=16, heads=2, n_image=1, n_fuse=1, n_text=1, patch_size=2,
-                     steps=8, batch_size=4, warmup=2, precision="float32", validation_images=10,
+                     steps=8, batch_size=4, warmup=2, precision="float32",
                      sample_steps=2, log_every=1, validate_every=3, draw_every=4, save_every=5,
                      score=False)
 
@@ -183,9 +182,6 @@ def read_results(folder: Path, pattern: str) -> dict:
             content = read_checkpoint(path)
             del content["report"]["seconds"], content["report"]["lines"]
             del content["config"]["resume"], content["config"]["name"]
-        elif path.name == "eval.json":
-            content = json.loads(path.read_text())
-            del content["images_per_second"]
         else:
             content = path.read_bytes()
         if path.name != ".lock":

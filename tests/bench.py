@@ -59,12 +59,11 @@ class Config(Constants):
 
 def describe_models(size: str) -> dict[str, UViTConfig]:
     """The four models of a size, by name."""
-    models, data = {}, dict(channels=16, image_size=8, context_len=16, context_dim=64)
-    for fusion in ("early", "intermediate"):
-        for how in ("concat", "cross_attention"):
-            shapes = train.describe_uvit(train.Config(fusion=fusion, conditioning=how), **data)
-            models[f"{fusion}/{how}"] = shapes if size == "shapes" else UViTConfig(fusion, how)
-    return models
+    names = ("depth", "n_image", "n_fuse", "n_text", "patch_size", "width", "heads")
+    shapes = {name: getattr(train.Config, name) for name in names}
+    shapes |= {"channels": 16, "image_size": 8, "context_len": 16, "context_dim": 64}
+    return {f"{fusion}/{how}": UViTConfig(fusion, how, **(shapes if size == "shapes" else {}))
+            for fusion in ("early", "intermediate") for how in ("concat", "cross_attention")}
 
 
 class PlainUViT(UViT):
@@ -112,9 +111,10 @@ def fake_cache(config: UViTConfig, pictures: int = 1024) -> SimpleNamespace:
     index = np.arange(pictures)
     moments = noise(pictures, 2 * config.channels, config.image_size, config.image_size)
     pairs = np.stack([index, index + 1], axis=1)
-    return SimpleNamespace(train=SimpleNamespace(moments=moments, pairs=pairs),
+    shape = (config.channels, config.image_size, config.image_size)
+    return SimpleNamespace(train_moments=moments, train_pairs=pairs,
                            text=noise(pictures + 1, config.context_len, config.context_dim),
-                           meta={"latent_scale": 1})
+                           meta={"latent_scale": 1, "latent_shape": shape})
 
 
 # ---- 2. one model, timed ----
@@ -151,7 +151,7 @@ class Bench:
                                            weight_decay=0.03, **way)
         self.alpha_bar = noise_schedule().float().to(device)
         self.precision = choose_precision(device)
-        data = train.Batches(fake_cache(uvit), self.config, 0, 1, device)
+        data = train.Batches(fake_cache(uvit), self.config, device)
         self.batches = data.stream(1, sys.maxsize)      # on CUDA read ahead: "data" is the wait
         self.steps, self.parts, self.samplings = [], [], []
 

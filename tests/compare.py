@@ -4,7 +4,7 @@
     python tests/compare.py --models=positions --seeds=4 --until=2400
     python tests/compare.py --models=positions --seeds=3 --task=what
     python tests/compare.py --models=all --report --to=assets   # trains nothing: tables, figures
-    python tests/compare.py --sweep=out/shapes/eval             # draws the --sweep of evaluate.py
+    python tests/compare.py --sweep=out/shapes/eval             # evaluations at several w
 
 Every 300 steps (100 of the easier task "what") the EMA draws the same held-out captions, 160 of them and 500 after the last step,
 from the same noise (picture i has seed i), and the detector of evaluate.py reads the pictures. So
@@ -50,7 +50,7 @@ from model import (Constants, FilePath, Positive, UserError, choose_device, coun
                    one_writer, run, write_json, writing)
 from prepare_data import Scene, scene_of, unseen_scenes
 from sample import sample_latents
-from vae import load_autoencoder, to_uint8
+from vae import load_autoencoder, to_pictures
 
 CONCAT = {"fusion": "intermediate", "conditioning": "concat"}
 MODELS = {      # name -> what differs from the constants of train.py
@@ -107,7 +107,7 @@ class Examination:
 
     def __init__(self, path: Path, facts: dict, constants: train.Config, until: int):
         self.path, self.constants, self.until = path, constants, until
-        (cache, uvit), device = train.open_data(constants, rank=0), choose_device()
+        (cache, uvit), device = train.open_data(constants), choose_device()
         self.facts = facts | {"multiply_adds": count_multiply_adds(uvit)}
         self.curve = read_curve(path.parent)
         self.captions = evaluate.choose_prompts(cache, evaluate.Config(n=AT_THE_END))[1]
@@ -145,8 +145,8 @@ class Examination:
         for seeds in torch.arange(number).split(80):
             z = sample_latents(ema, self.context[seeds], torch.arange(len(seeds)),
                                self.null_context, seeds.tolist(), 20, 3.0)
-            pictures.append(to_uint8(self.autoencoder.decode(z / self.scale)).cpu())
-        return torch.cat(pictures).permute(0, 2, 3, 1).numpy()
+            pictures.append(to_pictures(self.autoencoder.decode(z / self.scale)))
+        return np.concatenate(pictures)
 
 
 def read_curve(folder: Path) -> list[dict]:

@@ -351,7 +351,7 @@ def test_the_random_tower_comes_back_from_its_description_or_is_refused():
     tower = random_clip_text(5, 12)
     description = {"kind": "random", "seed": 5, "context_len": 12, "sha256": weights_sha256(tower)}
     assert weights_sha256(load_text_tower(description, "weights")) == weights_sha256(tower)
-    with pytest.raises(UserError, match="text tower.*other numbers"):
+    with pytest.raises(UserError, match="this torch draws another random text tower"):
         load_text_tower(description | {"sha256": "0" * 64}, "weights")
 
 
@@ -378,12 +378,12 @@ def save_without(path: Path, missing: str, **extra) -> Path:
 
 
 @pytest.mark.parametrize("load, missing, message", [
-    (load_clip_text, "token_embedding", "no text tower of CLIP: token_embedding.weight is missing"),
+    (load_clip_text, "token_embedding", "KeyError: 'token_embedding.weight'"),
     (load_clip_text, "text_model.encoder.layers.1.self_attn.k_proj.weight",
      "KeyError.*transformer.resblocks.1.attn.k_proj.weight"),
-    (load_clip_text, "text_model.final_layer_norm.bias", "does not fit.*ln_final.bias"),
-    (load_clip_image, "visual_projection", "no image tower of CLIP: proj is missing"),
-    (load_clip_image, "vision_model.pre_layrnorm.bias", "does not fit.*ln_pre.bias"),
+    (load_clip_text, "text_model.final_layer_norm.bias", "text tower .*ln_final.bias"),
+    (load_clip_image, "visual_projection", "KeyError: 'proj'"),
+    (load_clip_image, "vision_model.pre_layrnorm.bias", "image tower .*ln_pre.bias"),
 ])
 def test_a_file_with_a_missing_weight_is_refused_by_name(tmp_path, load, missing, message):
     with pytest.raises(UserError, match=message):
@@ -393,7 +393,7 @@ def test_a_file_with_a_missing_weight_is_refused_by_name(tmp_path, load, missing
 def test_a_file_with_a_surplus_weight_is_refused_by_name(tmp_path):
     path = save_without(tmp_path / "model.bin", "nothing",
                         **{"text_model.adapter.weight": torch.ones(1)})
-    with pytest.raises(UserError, match="does not fit.*adapter.weight"):
+    with pytest.raises(UserError, match="text tower .*adapter.weight"):
         load_clip_text(path)
     assert load_clip_image(path).side == 48             # the other tower is none of its business
 
@@ -401,7 +401,7 @@ def test_a_file_with_a_surplus_weight_is_refused_by_name(tmp_path):
 def test_a_width_that_is_no_multiple_of_64_is_refused(tmp_path):
     config = CLIPTextConfig(**TEXT | dict(hidden_size=32))
     torch.save(CLIPTextModelWithProjection(config).state_dict(), tmp_path / "tiny.bin")
-    with pytest.raises(UserError, match="width 32 is no multiple of 64"):
+    with pytest.raises(UserError, match="a width of 32, no multiple of 64"):
         load_clip_text(tmp_path / "tiny.bin")
 
 
@@ -467,7 +467,7 @@ def test_the_code_in_a_torchscript_archive_does_not_run(tmp_path):
     Call(os.mkdir, "marker"), Call(torch.save, 1, "marker"), Call(torch.load, "marker")])
 def test_a_pickle_in_an_archive_calls_nothing(tmp_path, call):
     save_archive(tmp_path / "evil.pt", pickle.dumps({"positional_embedding": call}, protocol=2))
-    with pytest.raises(UserError, match="evil.pt can't be read"):
+    with pytest.raises(UserError, match="evil.pt is damaged, or not CLIP"):
         load_clip_text(tmp_path / "evil.pt")
     assert not Path("marker").exists()
 
@@ -488,7 +488,7 @@ def test_a_flipped_bit_in_a_tensor_of_an_archive_is_noticed(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1                       # in the tokens' embedding, by far the largest
     path.write_bytes(data)
-    with pytest.raises(UserError, match="ViT.pt can't be read.*CRC"):
+    with pytest.raises(UserError, match="ViT.pt is damaged.*CRC"):
         load_clip_text(path)
 
 
@@ -526,20 +526,3 @@ def test_the_image_tower_wants_uint8_and_ignores_autocast(tmp_path):
     expected = tower(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert tower(images).equal(expected)
-
-
-# ---- CLIP score ----
-
-def test_the_score_is_a_cosine_whatever_the_scale():
-    images, texts = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
-    expected = [(i @ t / i.norm() / t.norm()).item() for i, t in zip(images, texts)]
-    for scores in (evaluate.clip_scores(images, texts),
-                   evaluate.clip_scores(7 * images, 0.01 * texts)):
-        torch.testing.assert_close(scores, torch.tensor(expected))
-    torch.testing.assert_close(evaluate.clip_scores(images, images), torch.ones(5))
-
-
-def test_towers_of_two_models_or_without_projection_are_refused():
-    for pooled in (torch.ones(4, 768), torch.ones(4, 0)):
-        with pytest.raises(UserError, match="not of the same CLIP model"):
-            evaluate.clip_scores(torch.ones(4, 512), pooled)

@@ -71,7 +71,7 @@ def test_a_point_is_what_the_detector_reads_in_the_pictures_of_the_ema(tiny):
     pipeline = sample.Pipeline(checkpoint)              # of step 3
     net, captions = pipeline.net, examination.captions[:4]
     pictures = examination.draw(net, 4).astype(int)
-    expected = pipeline.draw(captions, [0, 1, 2, 3], 2, 3.0).permute(0, 2, 3, 1).numpy()
+    expected = pipeline.draw(captions, [0, 1, 2, 3], 2, 3.0)
     assert abs(pictures - expected).mean() < 1          # cached features are rounded to 16 bits
     assert abs(pictures - expected[::-1]).mean() > 10
     cache = prepare_data.read_cache("data/tiny")
@@ -123,7 +123,7 @@ def test_the_second_task_says_what_and_fixes_the_layout(monkeypatch):
     monkeypatch.setitem(compare.TASKS, "what",
                         ({"out": "data/what", "train_images": 90, "val_images": 60}, {}))
     cache = prepare_data.read_cache(compare.prepare("what"))
-    captions = [cache.captions[row] for row in cache.val.pairs[:, 1]]
+    captions = [cache.captions[row] for row in cache.val_pairs[:, 1]]
     scenes = [scene_of()[caption] for caption in captions]
     assert all(len(scene.objects) == 9 and len({*scene.objects}) == 1 for scene in scenes)
     assert [scene in unseen_scenes() for scene in scenes] == [False, True] * 30

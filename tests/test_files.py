@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import randomise
-from model import (CHECKPOINT_FORMAT, UserError, UViT, UViTConfig, find_weights, load_uvit,
+from model import (CHECKPOINT_FORMAT, UserError, UViT, UViTConfig, find_weights, load_frozen,
                    one_writer, read_checkpoint, read_weights, sha256, write_json, writing)
+from sample import Pipeline
 
 TINY = UViTConfig("intermediate", "cross_attention", n_image=1, n_text=1, fuse_shift=1,
                   image_size=6, channels=5, patch_size=3, width=24, heads=3, context_len=6,
@@ -36,9 +37,9 @@ def refusal(path, read=read_checkpoint) -> str:
 
 @pytest.fixture(scope="module")
 def contents():
-    """What `load_uvit` needs of a checkpoint."""
+    """What a network needs of a checkpoint."""
     return {"format": CHECKPOINT_FORMAT, "step": 7, "uvit": dataclasses.asdict(TINY),
-            "model": randomise(UViT(TINY), 0).state_dict(),
+            "meta": {}, "latent_scale": 1.0, "model": randomise(UViT(TINY), 0).state_dict(),
             "ema": randomise(UViT(TINY), 1).state_dict()}
 
 
@@ -55,8 +56,8 @@ def test_a_checkpoint_describes_its_own_architecture(contents):
     torch.save(contents, "last.pt")
     checkpoint = read_checkpoint("last.pt")
     assert checkpoint["uvit"] == TINY and checkpoint["step"] == 7
-    for weights in ("model", "ema"):
-        assert same(load_uvit(checkpoint, weights, "last.pt").state_dict(), contents[weights])
+    net = load_frozen(UViT(checkpoint["uvit"]), checkpoint["ema"])
+    assert same(net.state_dict(), contents["ema"])
 
 
 @pytest.mark.parametrize("changes,words", [
@@ -64,15 +65,15 @@ def test_a_checkpoint_describes_its_own_architecture(contents):
     ({"uvit": dataclasses.asdict(TINY) | {"adaln": 1}}, "unexpected keyword argument 'adaln'"),
     ({"uvit": dataclasses.asdict(TINY) | {"fusion": "late"}}, "--fusion=late: expected early or"),
     ({"uvit": dataclasses.asdict(TINY) | {"n_fuse": 2}}, "4 blocks: expected an odd number"),
-    ({"uvit": dataclasses.asdict(TINY) | {"width": 48}}, "does not fit: .*size mismatch"),
-    ({"ema": None}, "does not fit"), ({"ema": {}}, "does not fit: .*Missing key.*pos_embed"),
-    ({"ema": {"pos_embed": 3}}, "does not fit"), ({"ema": {7: 3}}, "does not fit"),
-    ({"format": "midfuse-1"}, "is of another version of this code"),
-    ({"format": 2}, r"first keys are \['format', 'step'")], ids=str)
+    ({"uvit": dataclasses.asdict(TINY) | {"width": 48}}, "size mismatch"),
+    ({"ema": None}, "to be dict-like"), ({"ema": {}}, "Missing key.*pos_embed"),
+    ({"ema": {"pos_embed": 3}}, "Missing key"), ({"ema": {7: 3}}, "damaged, or not"),
+    ({"format": "midfuse-1"}, "of another version of this code"),
+    ({"format": 2}, "of another version of this code")], ids=str)
 def test_a_checkpoint_with_other_contents_is_refused(contents, changes, words):
     torch.save(contents | changes, "last.pt")
-    with pytest.raises(UserError, match=f"last.pt.*{words}"):
-        load_uvit(read_checkpoint("last.pt"), "ema", "last.pt")
+    with pytest.raises(UserError, match=f"(?s)last.pt.*{words}"):
+        Pipeline("last.pt")
 
 
 # ---- foreign files ----
@@ -90,18 +91,19 @@ FOREIGN = {     # name -> how it is made, what its refusal says
     "folder": (lambda path: path.mkdir(), "is not a file: expected a checkpoint"),
     "pipe": (os.mkfifo, "is not a file: expected a checkpoint"),
     "dead link": (lambda path: path.symlink_to("nowhere"), "is missing"),
-    "empty": (write(b""), "EOFError"), "letter": (write(b"a"), "can't be read"),
+    "empty": (write(b""), "EOFError"), "letter": (write(b"a"), "is damaged, or not"),
     "text": (write(b"import torch"), "not of torch.save"),
-    "zeros": (write(bytes(999)), "can't be read"),
-    "JSON": (write(b'{"a": 1}'), "can't be read"), "number": (write(b"0" * 99), "can't be read"),
+    "zeros": (write(bytes(999)), "is damaged, or not"),
+    "JSON": (write(b'{"a": 1}'), "damaged, or not"), "number": (write(b"0" * 99), "damaged, or"),
     "HTML": (write(b"\n <!DOCTYPE html><html>Google Drive"), "this is HTML or"),
     "LFS": (write(b"version https://git-lfs.github.com/spec/v1\noid"), "or a git-LFS pointer"),
-    "huge header": (write(b"\xff" * 8 + b"{}"), "first keys"),
-    "no header": (write(bytes(8) + b"{"), "can't be read"),
-    "list": (save([1, 2]), "it holds a list, not a dict"), "None": (save(None), "a NoneType"),
-    "tensor": (save(torch.zeros(3)), "it holds a Tensor"), "empty dict": (save({}), "first keys"),
-    "numbers": (save({1: 2}), r"its first keys are \[1\]"),
-    "other": (save({"epoch": 3, "state_dict": {}}), r"first keys are \['epoch', 'state_dict'\]"),
+    "huge header": (write(b"\xff" * 8 + b"{}"), "this is not a checkpoint"),
+    "no header": (write(bytes(8) + b"{"), "is damaged, or not"),
+    "list": (save([1, 2]), "is damaged, or not"), "None": (save(None), "NoneType"),
+    "tensor": (save(torch.zeros(3)), "is damaged, or not"),
+    "empty dict": (save({}), "this is not a checkpoint of train.py"),
+    "numbers": (save({1: 2}), "this is not a checkpoint of train.py"),
+    "other": (save({"epoch": 3, "state_dict": {}}), "this is not a checkpoint of train.py"),
     "lightning": (save({"state_dict": {}, "hyper_parameters": Namespace(lr=1)}),
                   "or more than weights"),
     "module": (save(torch.nn.Linear(2, 2)), "or more than weights"),
@@ -206,8 +208,7 @@ def test_lost_pages_and_cut_files_are_noticed(contents):
 
 TENSORS = {"float": torch.randn(2, 3), "half": torch.randn(4).half(), "scalar": torch.tensor(3.5),
            "brain": torch.randn(2).bfloat16(), "double": torch.randn(1, 1).double(),
-           "byte": torch.arange(5).byte(), "int": torch.tensor([-1, 1]).int(),
-           "long": torch.tensor([[7]]), "bool": torch.tensor([True, False]),
+           "int": torch.tensor([-1, 1]).int(), "long": torch.tensor([[7]]),
            "empty": torch.empty(0), "flat": torch.empty(3, 0).half()}
 
 
@@ -301,7 +302,7 @@ def test_a_second_writer_is_refused_or_waits_and_a_lock_dies_with_its_process(ca
         process.join(5)
         assert not process.is_alive()
     assert start().wait(10)
-    with pytest.raises(UserError, match="run is being written by another process: wait until"):
+    with pytest.raises(UserError, match="run is being written by another process"):
         with one_writer("run"):
             pass
     waiting, patient = start(wait=True), start(wait=True)

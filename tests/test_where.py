@@ -49,7 +49,7 @@ def test_text_that_is_hidden_everywhere_has_no_influence(fusion, conditioning):
 @torch.no_grad()
 def test_hiding_in_no_block_or_outside_the_window_changes_nothing(fusion, conditioning):
     net, example = small_net(fusion, conditioning), inputs()
-    outside = [i for i in range(-1, net.config.blocks + 1) if i not in net.config.window]
+    outside = [i for i in range(-1, net.config.depth + 1) if i not in net.config.window]
     before = net(*example)
     for blocks in ([], outside):
         with where.hidden_text(net, blocks):
@@ -77,7 +77,7 @@ def test_hidden_text_still_reads_itself_and_the_image():
     net(*example)
     with where.hidden_text(net, [0]):
         net(*example)
-    own = 1 + net.config.image_tokens
+    own = 1 + net.pos_embed.shape[1] - 1 - net.config.context_len
     torch.testing.assert_close(seen[0][:, own:], seen[1][:, own:], rtol=0, atol=0)
     assert (seen[0][:, :own] - seen[1][:, :own]).abs().amax(-1).min() > 1e-3
 
@@ -215,8 +215,8 @@ def test_the_official_weights_are_looked_into(monkeypatch, tmp_path):
     pairs = np.array([[0, 1], [1, 1], [2, 2]])
     cache = SimpleNamespace(
         meta={"latent_shape": [4, 8, 8]}, captions=["", "a cat on a mat", "two birds"],
-        val=SimpleNamespace(moments=np.random.default_rng(0).normal(size=(3, 8, 8, 8)).astype("f"),
-                            pairs=pairs))
+        val_moments=np.random.default_rng(0).normal(size=(3, 8, 8, 8)).astype("f"),
+        val_pairs=pairs)
     monkeypatch.setattr(where, "read_cache", lambda folder: cache)
     where.main(where.Config(checkpoint="mscoco_uvit_small.pth", pictures=3, steps=2, out="looks"))
     found = looks(tmp_path / "looks")
@@ -240,7 +240,7 @@ def test_word_maps_are_the_mean_over_heads_and_steps_of_the_prompt_alone(shapes,
             context = torch.randn(2, 16, 64, generator=generator)
             for t in (1000, 500):
                 net(zt, torch.full((2,), t), context)
-            return torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+            return np.zeros((1, 32, 32, 3), np.uint8)
     pipeline = Pipeline()
     pipeline.net = net
     with torch.no_grad():

@@ -42,7 +42,7 @@ import model
 import sample
 from model import (Constants, FilePath, Natural, Size, UserError, UViT, add_noise, noise_schedule,
                    run, write_json)
-from prepare_data import Cache, read_cache
+from prepare_data import read_cache
 from sample import GuidanceScale, Pipeline, SolverSteps, draw_grid, dpm_solver_pp_2m
 from vae import sample_latent
 
@@ -56,7 +56,6 @@ class Config(Constants):
     steps: SolverSteps = 20                 # this and the next two: of their picture
     guidance_scale: GuidanceScale = 3.0
     seed: Natural = 0
-    raw: bool = False                       # True: the raw weights, not their moving average (EMA)
     weights: FilePath = "weights"           # folder of the public weights, if it needs them
     out: FilePath | None = None             # folder of the results; None: where/ next to it
 
@@ -83,7 +82,7 @@ def replaced_attention(net: UViT, attend):
 
 def hidden_text(net: UViT, blocks):
     """Inside, time and image see no text in these blocks."""
-    own = 1 + net.config.image_tokens
+    own = 1 + net.pos_embed.shape[1] - 1 - net.config.context_len
 
     def attend(i, q, k, v):
         logits = q @ k.mT * q.shape[-1] ** -0.5                     # (B, h, Q, K)
@@ -95,7 +94,7 @@ def hidden_text(net: UViT, blocks):
 
 def watched_attention(net: UViT, watch):
     """Inside, watch(i, weights) gets the attention from image to text, (B, h, N, L), of block i."""
-    own = 1 + net.config.image_tokens
+    own = 1 + net.pos_embed.shape[1] - 1 - net.config.context_len
 
     def attend(i, q, k, v):
         weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)      # (B, h, Q, K)
@@ -199,7 +198,7 @@ def map_words(pipeline: Pipeline, prompt: str, config: Config):
     words = find_words(prompt, net.config.context_len)
     maps = {i: torch.stack([weights[:, places].sum(1) for _, places in words]).numpy()
             for i, weights in attention.items()}
-    return pictures[0].permute(1, 2, 0).numpy(), maps
+    return pictures[0], maps
 
 
 # ---- 5. pictures ----
@@ -277,10 +276,10 @@ def draw_film(pipeline: Pipeline, captions: list[str], config: Config) -> list:
 
 # ---- 7. from a checkpoint ----
 
-def read_pairs(pipeline: Pipeline, cache: Cache, number: int):
+def read_pairs(pipeline: Pipeline, cache, number: int):
     """Held-out latents z0 and noise eps (number, C, H, W), and context (number, L, E)."""
-    pairs = cache.val.pairs[:number]
-    moments = torch.from_numpy(cache.val.moments[pairs[:, 0]])          # (number, 2C, H, W)
+    pairs = cache.val_pairs[:number]
+    moments = torch.from_numpy(cache.val_moments[pairs[:, 0]])          # (number, 2C, H, W)
     shape = (2, len(pairs), *cache.meta["latent_shape"])
     noise, eps = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     z0 = pipeline.latent_scale * sample_latent(moments, noise)
@@ -290,7 +289,7 @@ def read_pairs(pipeline: Pipeline, cache: Cache, number: int):
 
 def main(config: Config):
     cache = read_cache(config.data)
-    pipeline = Pipeline(config.checkpoint, config.raw, config.weights)
+    pipeline = Pipeline(config.checkpoint, config.weights)
     net, uvit = pipeline.net, pipeline.net.config
     latents = [uvit.channels, uvit.image_size, uvit.image_size]
     if latents != list(cache.meta["latent_shape"]):
@@ -299,8 +298,8 @@ def main(config: Config):
                         "its own.")
     z0, eps, context = read_pairs(pipeline, cache, config.pictures)
     result = {"checkpoint": config.checkpoint, "step": pipeline.step, "fusion": uvit.fusion,
-              "conditioning": uvit.conditioning, "blocks": uvit.blocks,
-              "window": list(uvit.window), "text_blocks": uvit.text_blocks,
+              "conditioning": uvit.conditioning, "blocks": uvit.depth,
+              "window": list(uvit.window), "text_blocks": uvit.n_text,
               "pictures": len(z0), "t": LEVELS, **knock_out(net, z0, eps, context)}
 
     few = max(1, len(z0) // 4)
@@ -310,7 +309,7 @@ def main(config: Config):
     result["rank"] = attention_ranks(net, *inputs)
     result["rank_text_alone"] = attention_ranks(net, *inputs, text_alone=True)
 
-    prompt = config.prompt or cache.captions[cache.val.pairs[0, 1]]
+    prompt = config.prompt or cache.captions[cache.val_pairs[0, 1]]
     picture, maps = map_words(pipeline, prompt, config)
     words = [word for word, _ in find_words(prompt, uvit.context_len)]
     result["prompt"], result["words"] = prompt, words
@@ -321,7 +320,7 @@ def main(config: Config):
     write_json(folder / "where.json", result)
     draw_results(result).savefig(folder / "where.png", dpi=120)
     draw_word_maps(picture, maps, words).savefig(folder / "words.png", dpi=120)
-    texts = list(dict.fromkeys(cache.val.pairs[:, 1].tolist()))[:6]
+    texts = list(dict.fromkeys(cache.val_pairs[:, 1].tolist()))[:6]
     frames = draw_film(pipeline, [cache.captions[text] for text in texts], config)
     frames[0].save(folder / "denoising.gif", save_all=True, append_images=frames[1:], loop=0,
                    duration=[80] * (len(frames) - 1) + [1500])      # ms
