@@ -5,16 +5,14 @@
      -> features (B, 77, E), pooled (B, projection)
 
 The tokenizer is OpenAI's byte-pair encoding. Clean the text, split it into words with one pattern,
-spell every word in bytes (each shown as a printable character), then merge neighbours: always the
-pair that stands first in a table of 48,894 merges. A token id is a place in a list: 256 bytes, the
-same bytes at the end of a word, the 48,894 merges, start, end. Padding is the end token, as in
-U-ViT and Stable Diffusion; a caption that is too long is truncated and keeps its end token.
+spell every word in bytes, then merge neighbours: always the pair that stands first in a table of
+48,894 merges. A token id is a place in a list: 256 bytes, the same at a word's end, the merges,
+start, end. Padding is the end token, as in Stable Diffusion; truncated captions keep theirs.
 
 The tower is a transformer with a causal mask. U-ViT and the paper condition on its features after
 the final layer norm, at all 77 positions; the CLIP score compares the pooled feature (at the end
 token, projected) with an image's. The shapes have a stand-in, small, random, never trained.
-
-[CLIP] arXiv 2103.00020; the merge table in assets/ is OpenAI's (MIT), as open_clip_torch ships it
+[CLIP] arXiv 2103.00020; the merge table is OpenAI's (MIT), as open_clip_torch ships it
 """
 import gzip
 import html
@@ -30,14 +28,13 @@ import torch.nn as nn
 
 from model import UserError, find_weights, load_frozen, read_weights, reading, weights_sha256
 
-CONTEXT_LEN = 77    # L, tokens, start and end included
+CONTEXT_LEN = 77  # L, tokens, start and end included
 START, END = 49406, 49407
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 MERGES = Path(__file__).parent / "assets/bpe_simple_vocab_16e6.txt.gz"
 
 
 # ---- 1. tokenizer ----
-
 # The special tokens, English contractions, runs of letters, single digits, runs of anything else.
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
                      r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
@@ -95,7 +92,6 @@ def vocabulary():
 
 
 # ---- 2. text tower ----
-
 class CLIPBlock(nn.Module):
     """The pre-norm block of both towers, with QuickGELU: the exact GELU gives other features."""
 
@@ -107,7 +103,7 @@ class CLIPBlock(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width),
                                   "c_proj": nn.Linear(4 * width, width)})
 
-    def forward(self, x, mask=None):    # (B, L, width), (L, L) or None
+    def forward(self, x, mask=None):  # (B, L, width), (L, L) or None
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
         y = self.mlp["c_fc"](self.ln_2(x))
@@ -138,18 +134,18 @@ class CLIPText(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, projection))
 
-    def forward(self, tokens: torch.Tensor) -> tuple:
+    def forward(self, tokens: torch.Tensor):
         """Tokens (B, L) -> features (B, L, width) after the final norm, pooled (B, projection)."""
         L = tokens.shape[1]
         x = self.token_embedding(tokens) + self.positional_embedding[:L]
-        mask = x.new_full((L, L), -torch.inf).triu(1)   # no token sees a later one
-        x = self.ln_final(self.transformer(x, mask))    # (B, L, width)
-        end = tokens.argmax(dim=-1)     # the first end token: no id is higher
+        mask = x.new_full((L, L), -torch.inf).triu(1)  # no token sees a later one
+        x = self.ln_final(self.transformer(x, mask))  # (B, L, width)
+        end = tokens.argmax(dim=-1)  # the first: no id is higher
         return x, x[torch.arange(len(x)), end] @ self.text_projection
 
 
 @torch.no_grad()
-def encode_captions(tower: CLIPText, captions: list[str], length: int) -> tuple:
+def encode_captions(tower, captions, length):
     """Captions -> features (B, length, E), pooled (B, projection), in float32."""
     tokens = tokenize(captions, length).to(tower.positional_embedding.device)
     with torch.autocast(tokens.device.type, enabled=False):
@@ -157,7 +153,7 @@ def encode_captions(tower: CLIPText, captions: list[str], length: int) -> tuple:
     return tuple(map(torch.cat, zip(*parts)))
 
 
-def random_clip_text(seed: int, context_len: int) -> CLIPText:
+def random_clip_text(seed, context_len):
     """The stand-in for the shapes: a small text tower with random weights, a function of `seed`."""
     # Uniform numbers of 24 bits, in a range of a power of two, are the same on every machine
     generator = torch.Generator().manual_seed(seed)
@@ -175,9 +171,7 @@ def random_clip_text(seed: int, context_len: int) -> CLIPText:
 
 
 # ---- 3. weight files ----
-
-CLIP_FILE = "CLIP's weights (OpenAI's ViT-L-14.pt, Hugging Face's .bin or .safetensors)"
-RENAMED = {     # Hugging Face's names -> OpenAI's, in this order
+RENAMED = {  # Hugging Face's names -> OpenAI's
     "text_model.": "", "vision_model.": "visual.", "embeddings.": "",
     "position_embedding.weight": "positional_embedding", "patch_embedding": "conv1",
     "encoder.layers": "transformer.resblocks", "self_attn": "attn",
@@ -189,7 +183,7 @@ RENAMED = {     # Hugging Face's names -> OpenAI's, in this order
 def load_clip_text(path: str | Path) -> CLIPText:
     """The text tower of OpenAI's archive or Hugging Face's file, of any size, in float32."""
     # No file says which GELU it was trained with: another CLIP (LAION's) may load and be wrong
-    with reading(path, f"{CLIP_FILE} with a text tower"):
+    with reading(path, "a CLIP model with a text tower, OpenAI's or Hugging Face's"):
         state, sizes = read_tower(path, "text")
         # That of Stable Diffusion has no projection: pooled is then (B, 0)
         state.setdefault("text_projection", torch.empty(sizes["width"], 0))
@@ -222,7 +216,7 @@ def read_tower(path, tower):
 
 def read_openai_archive(path):
     """The weights in OpenAI's archive, a TorchScript program, none of which is run, or {}."""
-    class Module(dict):     # of tensors; data.pkl is a tree of these
+    class Module(dict):  # of tensors; data.pkl is a tree of these
         def __setstate__(self, attributes):
             for name, value in attributes.items():
                 if isinstance(value, torch.Tensor):
@@ -235,7 +229,7 @@ def read_openai_archive(path):
              "_rebuild_tensor_v2": lambda storage, start, size, stride, *_:
                  storage.as_strided(size, stride, start)}
 
-    class Reader(pickle._Unpickler):    # C's can be made to fill the memory
+    class Reader(pickle._Unpickler):  # C's may fill the memory
         def find_class(self, module, name):
             return Module if module.startswith("__torch__") else known[name]
 

@@ -4,19 +4,16 @@
     python evaluate.py --checkpoint=out/early/last.pt,out/shapes/last.pt    # several, in one table
     python evaluate.py --checkpoint=out/coco/best.pt --data=data/coco --steps=50 --guidance_scale=2
 
-Shapes are scored exactly, by a detector that reads the objects off each picture. Right are its
-count (as many as asked), colour and shape (those asked and no others), relation (the first object
-stands where it should), everything (each object asked is there once, nothing else). "99 / 96" are
-% right of combinations seen in training / never seen. Real pictures, as by the reference libraries:
+Shapes are scored exactly, by a detector that reads the objects off each picture: right are count,
+colour and shape (those asked and no others), relation, everything (each object asked is there once,
+nothing else). "99 / 96" are % right of combinations seen in training / never seen. Real pictures:
 
     FID         |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of Inception features           [FID]
     CLIP score  cosine x 100 between CLIP's features of a picture and of its caption    [CLIPScore]
 
 The FID is against all held-out pictures of the cache. The ceiling is the score of as many of these
 (of all: FID 0), the floor theirs with shuffled captions. What is drawn stays in out/NAME/eval/, to
-resume or use again, with scores and protocol in eval.json; that in out/NAME/ is a copy of the
-latest.
-
+resume or use again, with scores and protocol in eval.json; out/NAME/eval.json is the latest.
 [FID] arXiv 1706.08500   [CLIP] arXiv 2103.00020   [CLIPScore] arXiv 2104.08718
 """
 from dataclasses import asdict, dataclass, replace
@@ -33,11 +30,11 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from clip_text import CLIP_FILE, CLIPTransformer, encode_captions, load_clip_text, read_tower
+from clip_text import CLIPTransformer, encode_captions, load_clip_text, read_tower
 from model import (Constants, FilePath, Natural, Size, UserError, choose_device,
                    choose_precision, load_frozen, one_writer, read_weights, reading, run,
                    sha256, weights_sha256, write_json)
-from prepare_data import (BACKGROUND, COLOURS, RELATIONS, Scene, digest, fetch, read_cache,
+from prepare_data import (BACKGROUND, COLOURS, RELATIONS, digest, fetch, read_cache,
                           read_picture, scene_of, unseen_scenes)
 from sample import GuidanceScale, Pipeline, SolverSteps, draw_files
 
@@ -46,19 +43,18 @@ from sample import GuidanceScale, Pipeline, SolverSteps, draw_files
 class Config(Constants):
     checkpoint: FilePath = "out/shapes/last.pt"  # or several: A.pt,B.pt
     data: FilePath = "data/shapes"  # cache of held-out captions
-    n: Annotated[int, 2, 10 ** 6] | None = None     # captions; None: 500 shapes or 30,000
-    steps: SolverSteps = 20         # U-ViT: 50
-    guidance_scale: GuidanceScale = 3.0     # w; 1 = none; U-ViT: 2, which it calls 1
-    seed: Natural = 0               # picture i has seed + i
-    batch_size: Size = 100          # of the sampler
-    weights: FilePath = "weights"   # folder of the public weights
-    inception: FilePath | None = None   # weights of the FID
-    clip: FilePath | None = None    # weights of the CLIP score
-    out: FilePath | None = None     # folder of the results
+    n: Annotated[int, 2, 10 ** 6] | None = None  # None: 500 shapes or 30,000
+    steps: SolverSteps = 20  # U-ViT: 50
+    guidance_scale: GuidanceScale = 3.0  # w; 1 = none; U-ViT: 2, which it calls 1
+    seed: Natural = 0  # picture i has seed + i
+    batch_size: Size = 100  # of the sampler
+    weights: FilePath = "weights"  # folder of the public weights
+    inception: FilePath | None = None  # weights of the FID
+    clip: FilePath | None = None  # weights of the CLIP score
+    out: FilePath | None = None  # folder of the results
 
 
 # ---- 1. shapes: reading a picture back ----
-
 KINDS = ("count", "colour", "shape", "relation", "everything")
 PALETTE = np.array(list(COLOURS.values()), np.float64) - BACKGROUND  # (6, 3)
 
@@ -67,7 +63,7 @@ def nearest_shape(cover):
     """The shape whose picture in the same box differs least from `cover` (H, W), 1 inside to 0."""
     H, W = cover.shape
 
-    def places(profile):  # four in a pixel; the box is -1 to 1
+    def places(profile):  # 4 in a pixel; box: -1 to 1
         n = len(profile)
         middle = (profile * (np.arange(n) + 0.5)).sum() / profile.sum()
         return 2 * ((np.arange(4 * n) + 0.5) / 4 - middle) / profile.sum()
@@ -82,12 +78,10 @@ def nearest_shape(cover):
     return min(errors, key=errors.get)
 
 
-def detect_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
+def detect_objects(picture):
     """The objects of a shapes picture (S, S, 3) uint8: (colour, shape, y, x) of each.
-
-    An object is a component of what is not background, connected by sides or corners; specks are
-    left out. Its colour is the palette's nearest to its most colourful half.
-    """
+    An object is a connected component of what is not background, but for specks. Its colour is
+    the palette's nearest to its most colourful half."""
     away = picture.astype(np.float64) - BACKGROUND
     distance = np.linalg.norm(away, axis=-1)
     square, objects = np.ones((3, 3)), []
@@ -112,7 +106,7 @@ def detect_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
     return objects
 
 
-def judge_picture(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
+def judge_picture(picture, scene):
     """Which KINDS are right in a picture (S, S, 3) uint8; a scene may have no "relation"."""
     objects, asked = detect_objects(picture), scene.objects
     found = [(colour, shape) for colour, shape, _, _ in objects]
@@ -123,13 +117,13 @@ def judge_picture(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
         down, across = RELATIONS[scene.relation]
         places = {(colour, shape): (y, x) for colour, shape, y, x in objects}
         first, second = [places.get(thing, (np.nan, np.nan)) for thing in asked]
-        dy, dx = np.subtract(first, second)  # what is missing stands nowhere
+        dy, dx = np.subtract(first, second)  # nan: is missing
         right["relation"] = bool(dy * down > abs(dx) if down else dx * across > abs(dy))
     right["everything"] = sorted(found) == sorted(asked) and right.get("relation", True)
     return right
 
 
-def score_shapes(pictures, captions: list[str]) -> dict[str, dict]:
+def score_shapes(pictures, captions):
     """Share right by kind, of seen and of unseen scenes, in pictures (S, S, 3) uint8."""
     groups, scores = {"seen": [], "unseen": []}, {}
     for picture, caption in zip(pictures, captions):
@@ -147,7 +141,6 @@ def score_shapes(pictures, captions: list[str]) -> dict[str, dict]:
 
 
 # ---- 2. FID ----
-
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_LAYOUT = "e962123329df4d94"
 LAYER = ("conv/weight", "bn/running_mean", "bn/running_var", "bn/weight", "bn/bias")
@@ -162,10 +155,8 @@ def check_pictures(images):
 
 class Inception(nn.Module):
     """The FID's Inception v3, TensorFlow's of 2015-12-05; sizes are those of the weights.
-
     torchvision's has other weights, average pools that count the padding, and an average in
-    Mixed_7c, where the maximum is an old slip that every published FID contains.
-    """
+    Mixed_7c, where the maximum is an old slip that every published FID contains."""
 
     def __init__(self, weights):
         super().__init__()
@@ -238,10 +229,8 @@ def mean_and_covariance(features):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of float64 arrays [FID].
-
     With sigma = root root^T, the last trace is the sum of the singular values of root1^T root2:
-    real, never negative, and exact even for fewer pictures than features. About 6 s on a CPU core.
-    """
+    real, never negative, and exact even for fewer pictures than features. It takes 6 s."""
     def root(sigma):
         values, vectors = np.linalg.eigh(sigma)
         return vectors * np.sqrt(values.clip(0))  # rounding makes some negative
@@ -251,7 +240,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 
 
 # ---- 3. CLIP score ----
-
 CLIP = "clip-vit-large-patch14.bin"
 PREFIX = "A photo depicts "  # before each caption [CLIPScore]
 
@@ -298,7 +286,7 @@ class CLIPImage(nn.Module):
 
 def load_clip_image(path: str | Path) -> CLIPImage:
     """The image tower, of any size, of the files that `load_clip_text` reads; raises UserError."""
-    with reading(path, f"{CLIP_FILE} with an image tower"):
+    with reading(path, "a CLIP model with an image tower"):
         state, sizes = read_tower(path, "image")
         net = CLIPImage(**sizes, projection=state["proj"].shape[1],
                         patch_size=state["conv1.weight"].shape[-1],
@@ -307,9 +295,8 @@ def load_clip_image(path: str | Path) -> CLIPImage:
 
 
 # ---- 4. scorers ----
-
 SCORE_BATCH = 50  # whatever the --batch_size
-PROTOCOL = {"detector": "nearest colour, best shape"}  # which reads pictures as they are
+PROTOCOL = {"detector": "nearest colour, best shape"}
 SHAPES_SCORER = SimpleNamespace(protocol=PROTOCOL, embed=list, score=score_shapes)
 
 
@@ -368,7 +355,6 @@ def score_bounds(scorer, cache, pictures, captions):
 
 
 # ---- 5. drawing, scoring, the table ----
-
 def choose_prompts(cache, config):
     """The first n held-out pictures, or all, and the first caption of each, as U-ViT's fork."""
     n = config.n or (500 if cache.meta["dataset"] == "shapes" else 30_000)

@@ -20,7 +20,6 @@ How the text is let in does not depend on where, and uses the same blocks and th
 
 Neither the text blocks nor the text's keys and values depend on t or zt, so `encode_text` runs once
 per prompt and `denoise` once per step. Parameter names are those of the official U-ViT release.
-
 [IF] arXiv 2403.16530   [U-ViT] arXiv 2209.12152   [LDM] arXiv 2112.10752
 """
 import dataclasses
@@ -55,7 +54,6 @@ FilePath = Annotated[str, "path"]  # may begin with ~
 
 
 # ---- 1. noise schedule ----
-
 def noise_schedule():
     """alpha_bar (1001,) in float64, for t in 0..1000; alpha_bar[0] = 1."""
     # "Scaled linear" betas of Stable Diffusion [LDM] and U-ViT
@@ -70,7 +68,6 @@ def add_noise(z0, eps, t, alpha_bar):
 
 
 # ---- 2. layers ----
-
 def timestep_embedding(t, dim):
     """Time steps (B,) in 1..1000 -> (B, dim), cosines then sines: the time token itself [U-ViT]."""
     k = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
@@ -81,7 +78,7 @@ def timestep_embedding(t, dim):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v: (B, h, Q, d), (B, h, K, d), (B, h, K, d) -> (B, h, Q, d)."""
-    if q.device.type == "cpu":  # in bfloat16, its backward is 3 times faster
+    if q.device.type == "cpu":  # 3 times faster in bfloat16
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -134,10 +131,7 @@ class Block(nn.Module):
             self.skip_linear = nn.Linear(2 * width, width)
 
     def merge(self, x, skip):
-        """Merge (B, S, D) with a skip (B, S', D) on the tokens of both, the first min(S, S').
-
-        If the window is shifted, one of them may also have text, which stays as it is.
-        """
+        """Merge (B, S, D) with a skip (B, S', D); text that only one of them has stays as it is."""
         n = min(x.shape[1], skip.shape[1])
         merged = self.skip_linear(torch.cat([x[:, :n], skip[:, :n]], dim=-1))
         return torch.cat([merged.to(x.dtype), x[:, n:]], dim=1)  # stays float32 in autocast
@@ -148,7 +142,6 @@ class Block(nn.Module):
 
 
 # ---- 3. the network ----
-
 @dataclasses.dataclass
 class UViTConfig:
     """What a UViT is made of; raises UserError where that is impossible."""
@@ -227,10 +220,8 @@ class UViT(nn.Module):
 
     def encode_text(self, context: torch.Tensor) -> torch.Tensor:
         """The half that needs the text alone, context (B, L, E): run it once per prompt.
-
-        Gives what `denoise` takes: for concat text tokens (B, L, D), for cross_attention the keys
-        and values of each block in the window (B, n_fuse, L, 2D).
-        """
+        Gives for concat text tokens (B, L, D), for cross_attention the keys and values of each
+        block in the window (B, n_fuse, L, 2D)."""
         text = self.context_embed(context) + self.positions()[1]  # (B, L, D)
         for block in self.text_blocks:
             text = block(text)
@@ -240,10 +231,7 @@ class UViT(nn.Module):
         return torch.stack([block.attn.keys_values(block.norm1(text)) for block in window], dim=1)
 
     def denoise(self, zt: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """The half that runs at each step, with the text of `encode_text`.
-
-        zt (B, C, H, W), t (B,) in 1..1000, text -> predicted noise (B, C, H, W).
-        """
+        """The half that runs at each step: as `forward`, but with the text of `encode_text`."""
         time_pos, _, image_pos = self.positions()
         time = timestep_embedding(t, self.config.width)[:, None]    # (B, 1, D)
         image = self.patch_embed["proj"](zt).flatten(2).mT          # (B, N, D)
@@ -287,10 +275,7 @@ class UViT(nn.Module):
 
     @torch.no_grad()
     def init_sincos_positions(self):
-        """Start the image positions, still learned, as sines and cosines of row and column.
-
-        A short run then draws whole shapes, not fragments (tests/RESULTS.md).
-        """
+        """Image positions start as waves, still learned: a short run then draws whole shapes."""
         side, D = self.config.image_size // self.config.patch_size, self.config.width
         wavelength = torch.logspace(2, math.log2(2 * side), D // 4, base=2)
         angle = 2 * math.pi * torch.arange(side)[:, None] / wavelength  # (side, D/4)
@@ -301,7 +286,7 @@ class UViT(nn.Module):
 
 def count_multiply_adds(config):
     """Multiply-adds per image of (encode_text, denoise). One is two FLOPs; papers call it one."""
-    with torch.device("meta"):  # nothing is computed there
+    with torch.device("meta"):  # computes nothing
         net, t = UViT(config), torch.empty(1)
         zt = torch.empty(1, config.channels, config.image_size, config.image_size)
         context = torch.empty(1, config.context_len, config.context_dim)
@@ -313,7 +298,6 @@ def count_multiply_adds(config):
 
 
 # ---- 4. devices ----
-
 def choose_device():
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
@@ -328,7 +312,7 @@ def choose_precision(device, name="auto"):
         capability = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if capability >= (8, 0) else torch.float16
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16  # twice as fast, measured; else slower
+        return torch.bfloat16  # twice as fast; else slower
     return torch.float32
 
 
@@ -339,7 +323,6 @@ def autocast(device, precision=None):
 
 
 # ---- 5. files ----
-
 class UserError(ValueError):
     """A mistake of the user: the message says what was given, what was expected and what to do."""
 
@@ -348,7 +331,7 @@ class UserError(ValueError):
 def reading(path, expected):
     """The gate of a file: whatever is wrong inside leaves as one UserError that names it."""
     try:
-        if not Path(path).is_file():  # a pipe, for one, would wait for ever
+        if not Path(path).is_file():  # a pipe would wait for ever
             what = "is not a file" if Path(path).exists() else "is missing"
             raise UserError(f"{path} {what}: expected {expected}.")
         yield
@@ -373,7 +356,7 @@ def writing(path, mode="wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # a full disk, for one
+    except OSError as error:
         error.filename = error.filename or str(path)
         raise
     finally:
@@ -387,10 +370,7 @@ def write_json(path, content):
 
 @contextmanager
 def one_writer(folder, wait=False):
-    """Hold the lock of a folder, against a second writer, which waits or is refused.
-
-    It is SQLite's lock of a file, which works on every system and dies with its process.
-    """
+    """Hold SQLite's lock of a file in a folder, which works anywhere and dies with its process."""
     path = Path(folder, ".lock")
     path.touch()  # or the true reason why it can't be
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as lock:
@@ -434,11 +414,11 @@ def read_weights(path):
             return read_safetensors(path)
         if start.lstrip().startswith((b"<", b"version https://git-lfs")):
             raise UserError("this is HTML or a git-LFS pointer: fetch the file itself.")
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # compares checksums
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # checksums
             raise UserError("the file is damaged: take another copy of it.")
         try:
             return dict(torch.load(path, map_location="cpu", weights_only=True))
-        except pickle.UnpicklingError:  # its message advises to trust the file
+        except pickle.UnpicklingError:  # it advises to trust the file
             raise TypeError("not of torch.save(state_dict), or more than weights") from None
 
 
@@ -446,8 +426,8 @@ def find_weights(description, folder, what):
     """The weight file of `what` in `folder`, or UserError; a "sha256" of None is not checked."""
     path, known = Path(folder, description["file"]), description.get("sha256")
     if not path.is_file():
-        path = Path(folder, path.name)  # if it was a full path, on another machine
-    expected = f"{what} of the data, of SHA-256 {known or 'unknown'} (see assets/files.json)"
+        path = Path(folder, path.name)  # if it was a path elsewhere
+    expected = f"{what} of the data, of SHA-256 {known} (see assets/files.json)"
     with reading(path, expected):
         if known and sha256(path) != known:
             raise UserError(f"{path} has another SHA-256: expected {expected}.")
@@ -469,16 +449,11 @@ def weights_sha256(module):
 
 
 # ---- 6. checkpoints ----
-
 CHECKPOINT_FORMAT = "midfuse-2"
 
 
 def read_checkpoint(path):
-    """A checkpoint of train.py, or the official U-ViT weights, as one dict that describes itself.
-
-    Sampling needs "uvit" (UViTConfig), "ema", "latent_scale", "null_context" (L, E) or None (made
-    from the empty caption), "meta" (of the data: which autoencoder, which text tower), "step".
-    """
+    """A checkpoint of train.py, or the official U-ViT weights: a dict that describes itself."""
     expected = "a checkpoint of train.py, such as out/shapes/last.pt, or mscoco_uvit_small.pth"
     with reading(path, expected):
         state = read_weights(path)
@@ -497,7 +472,7 @@ def describe_official(state):
     half = len({key.split(".")[1] for key in state if key.startswith("in_blocks.")})
     config = UViTConfig("early", "concat", depth=2 * half + 1, image_size=side, channels=C,
                         patch_size=P, width=D, heads=D // 64, context_len=L, context_dim=E)
-    autoencoder = {"kind": "kl", "file": "kl-f8.bin"}  # named as by prepare_data.py
+    autoencoder = {"kind": "kl", "file": "kl-f8.bin"}  # as in prepare_data.py
     tower = {"kind": "clip", "file": "clip-vit-large-patch14.bin"}
     meta = dict(dataset="coco", image_size=8 * side, autoencoder=autoencoder, text_tower=tower)
     return {"uvit": config, "ema": state, "step": 1_000_000, "null_context": None, "meta": meta,
@@ -505,7 +480,6 @@ def describe_official(state):
 
 
 # ---- 7. command line ----
-
 @dataclasses.dataclass
 class Constants:
     """The base of each script's Config, whose constants are checked when one is made."""
@@ -570,7 +544,7 @@ def parse_arguments(Config, arguments):
 
 def run(main, Config: type):
     """Run one script: parse its command line, call `main(config)`, answer a mistake in one line."""
-    for stream in (sys.stdout, sys.stderr):  # a log shows where a run is; any prompt is printed
+    for stream in (sys.stdout, sys.stderr):  # a log is never behind
         stream.reconfigure(line_buffering=True, errors="replace")
     try:
         if {"--help", "-h"} & {*sys.argv}:
@@ -582,13 +556,13 @@ def run(main, Config: type):
         sys.exit(" ".join(f"error: {error}".split()))
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+    except BrokenPipeError:  # our reader has gone, as `head` does
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
     except (torch.OutOfMemoryError, MemoryError) as error:
         sys.exit("error: out of memory: halve --batch_size (train.py: double --grad_accum, for "
                  f"the same steps), or take a smaller model ({error!r:.80})")
-    except OSError as error:  # of the disk, or of permissions
+    except OSError as error:
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}.")
 
 

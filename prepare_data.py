@@ -7,9 +7,8 @@
     pictures --crop, resize--> (3, S, S) --autoencoder--> moments (2C, h, w)
     captions --tokenize--> (L,) ids --text tower--> features (L, E)
 
-The autoencoder and the text tower are frozen, so each picture and each caption goes through them
-once. Moments are cached, not samples: a latent is drawn at every access. Public weights (2 GB) are
-downloaded if they are missing. Killed at any point, the same command resumes.
+The autoencoder and the text tower are frozen, so each picture and caption goes through them once.
+Moments are cached, not samples of them. Killed at any point, the same command resumes.
 
     captions.txt, text.npy    row i for line i; row 0 is the empty caption, the null context
     train_moments.npy         (N, 2C, h, w); and val_moments.npy, of the M held-out pictures
@@ -52,18 +51,18 @@ from vae import LinearAutoencoder, load_vae, sample_latent, to_pictures, to_unit
 @dataclass
 class Config(Constants):
     dataset: Literal["shapes", "coco", "folder"] = "shapes"
-    pictures: FilePath | None = None    # folder: where your pictures and captions are
-    out: FilePath | None = None         # folder of the cache; None: data/DATASET
-    downloads: FilePath = "downloads"   # coco: folder of its archives
-    weights: FilePath = "weights"       # folder of the public weights
-    seed: Natural = 0                   # of the shapes and of the random text tower
+    pictures: FilePath | None = None  # folder: of your pictures and captions
+    out: FilePath | None = None  # folder of the cache; None: data/DATASET
+    downloads: FilePath = "downloads"  # coco: folder of its archives
+    weights: FilePath = "weights"  # folder of the public weights
+    seed: Natural = 0  # of shapes and random text tower
     # None: the dataset's own, of shapes / coco / folder
-    autoencoder: FilePath | None = None             # linear / kl / kl, or a file of KL weights
-    text_tower: FilePath | None = None              # random / clip / clip, or a CLIP file
-    image_size: Size | None = None                  # S, a multiple of 32: 32 / 256 / 256
-    context_len: Annotated[int, 2, 77] | None = None    # L, text tokens: 16 / 77 / 77
-    train_images: Positive | None = None            # 20,000 / all / all
-    val_images: Annotated[int, 2, 10 ** 6] | None = None    # 1,000 / 30,000 / 2 to 1,000
+    autoencoder: FilePath | None = None  # linear / kl / kl, or a file of KL weights
+    text_tower: FilePath | None = None  # random / clip / clip, or a CLIP file
+    image_size: Size | None = None  # S, a multiple of 32: 32 / 256 / 256
+    context_len: Annotated[int, 2, 77] | None = None  # L, text tokens: 16 / 77 / 77
+    train_images: Positive | None = None  # 20,000 / all / all
+    val_images: Annotated[int, 2, 10 ** 6] | None = None  # 1,000 / 30,000 / 2 to 1,000
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,14 +82,13 @@ DEFAULTS = {
                "context_len": 16, "train_images": 20_000, "val_images": 1_000},
     "coco": REAL | {"val_images": 30_000}, "folder": REAL}
 CACHE_FORMAT = "midfuse-cache-2"
-# Most of a shapes picture is background. At standard deviation 1 its few objects would show through
-# the noise even at t = 1000, but a sampler starts from noise alone, where training never was.
-LATENT_STD = 0.5  # of the linear autoencoder's scaled latents; of the KL one's it is 1 [LDM]
+# At 1, the KL latents' [LDM], the few objects on a background would show even at t = 1000, where a
+# sampler starts from noise alone.
+LATENT_STD = 0.5
 BATCH = 64
 
 
 # ---- 1. captioned shapes ----
-
 BACKGROUND = (245, 245, 240)
 COLOURS = {"red": (225, 45, 45), "green": (40, 165, 70), "blue": (45, 85, 225),
            "yellow": (245, 200, 30), "purple": (160, 50, 190), "cyan": (40, 190, 215)}
@@ -107,7 +105,7 @@ class Scene:
     relation: str = ""
 
     @property
-    def caption(self) -> str:
+    def caption(self):
         phrases = []
         for number, colour, shape in self.groups:
             article = "a" if self.relation else NUMBERS[number - 1]
@@ -116,7 +114,7 @@ class Scene:
         return f" {self.relation or 'and'} ".join(phrases)
 
     @property
-    def objects(self) -> list[tuple[str, str]]:
+    def objects(self):
         """(colour, shape) of every object, in the order of the caption."""
         return [(colour, shape) for number, colour, shape in self.groups for _ in range(number)]
 
@@ -171,7 +169,7 @@ def draw_scene(scene, rng, size):
     canvas, unit = ImageDraw.Draw(image), size * zoom / 32
     for cell, (colour, shape) in zip(cells, scene.objects):
         y, x = [(16 + 12 * (i - 1) + rng.uniform(-0.4, 0.4)) * unit for i in cell]
-        r = rng.uniform(3.1, 3.5) * unit  # areas differ, the box of side 2r is the same
+        r = rng.uniform(3.1, 3.5) * unit  # half the side of each shape's box
         box, fill = (x - r, y - r, x + r, y + r), COLOURS[colour]
         if shape == "circle":
             canvas.ellipse(box, fill)
@@ -205,17 +203,16 @@ def open_shapes(config, split):
 
 
 # ---- 2. your own pictures, and COCO ----
-
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
 
-def read_picture(path: str | Path) -> Image.Image:
+def read_picture(path):
     """Any picture as RGB: upright, 16 bits cut to 8, transparent places white; or UserError."""
     with reading(path, "a picture"), Image.open(path) as image:
         image.load()
-        with suppress(Exception):  # where EXIF data are broken, pixels may be sound
+        with suppress(Exception):  # broken EXIF data cost no sound picture
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -251,12 +248,10 @@ def read_lines(path):
         return text.split("\n")
 
 
-def read_captions(folder: Path) -> dict[str, list[str]]:
+def read_captions(folder):
     """Name -> captions, of the folder's tables, or else of the .txt next to each picture.
-
-    A .txt has one caption a line; a .jsonl lines with "file_name" and "text", a caption or a list
-    of them; a .csv columns of these names.
-    """
+    A .txt has a caption a line; a .jsonl and a .csv "file_name" and "text", one or, in .jsonl, a
+    list of captions."""
     tables, pairs, captions = [*folder.glob("[!.]*.jsonl"), *folder.glob("[!.]*.csv")], [], {}
     for path in sorted(tables):
         lines = [*filter(str.strip, read_lines(path))]
@@ -264,7 +259,7 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
             with reading(path, f"a picture's file_name and text in row {number}"):
                 if path.suffix == ".jsonl":
                     row = json.loads(line)
-                else:  # a row at a time, or an open quote would swallow the next
+                else:  # an open quote must not take more
                     names, cells = csv.reader([lines[0]]), csv.reader([line], strict=True)
                     row = dict(zip(next(names), next(cells), strict=True))
                 texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
@@ -302,7 +297,7 @@ def open_folder(config):
     if len(names) <= count:
         raise UserError(f"{folder} has {len(names)} sound pictures with captions: expected more "
                         f"than --val_images={count}.")
-    names.sort(key=lambda name: hashlib.sha256(repr(name).encode()).digest())  # never changes
+    names.sort(key=digest)  # never changes
     splits = sorted(names[count:])[:config.train_images], sorted(names[:count])
     return [open_pictures(config, {folder / name: captions[name] for name in split}, read_picture)
             for split in splits]
@@ -328,7 +323,6 @@ def open_coco(config, split):
 
 
 # ---- 3. preparing ----
-
 def fill(path, count, compute):
     """An array of `count` rows: kept where it is whole, else made of compute(slice)."""
     if not path.exists():
@@ -386,7 +380,7 @@ def open_text_tower(config):
 
 
 def expect_same(path, made_of):
-    with reading(path, "what a cache is made of: delete its folder, or name another --out"):
+    with reading(path, "what a cache is made of: name another --out"):
         then = json.loads(path.read_text(encoding="utf-8"))
         if difference := same_data({key: then.get(key) for key in made_of}, made_of):
             raise UserError(f"{path} is of other data: {difference}; name another --out.")
@@ -431,8 +425,7 @@ def prepare(config, made_of, folder):
     images = fill(folder / "val_images.npy", M, lambda part: val[part])
     fill(folder / "val_moments.npy", M, lambda part: encode(images[part]))
     moments = fill(folder / "train_moments.npy", N, lambda part: encode(train[part]))
-    # For COCO 53 GB. The text tower in the training loop instead would cost 14% more work in each
-    # of a million steps. A step reads 256 rows of 118 kB: take an SSD.
+    # For COCO 53 GB, on an SSD; the tower in the training loop would be 14% more work at each step
     fill(folder / "text.npy", len(captions), encode_text)
     with writing(folder / "captions.txt", "w") as file:
         file.writelines(caption + "\n" for caption in captions)
@@ -470,7 +463,6 @@ def main(config: Config):
 
 
 # ---- 4. the cache ----
-
 def digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -488,15 +480,13 @@ def write_meta(folder, meta):
     write_json(folder / "meta.json", meta | {"sha256": digest(meta)})
 
 
-def read_cache(folder: str | Path) -> SimpleNamespace:
+def read_cache(folder):
     """Open a finished cache; UserError for anything else.
-
-    It has meta, captions (R lines), autoencoder (a state dict, or empty), and the arrays by their
-    files' names, which stay on disk until indexed: text, train_moments, train_pairs, ...
-    """
+    It has meta, captions, autoencoder (a state dict, or empty), and by their files' names the
+    arrays, which stay on disk until indexed: text, train_moments, train_pairs, ..."""
     folder = Path(folder)
     path, advice = folder / "meta.json", f"delete {folder} and prepare it again"
-    with reading(path, f"a finished cache (run prepare_data.py, or if there is one, {advice})"):
+    with reading(path, f"a finished cache (run prepare_data.py, or {advice})"):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != CACHE_FORMAT or meta.pop("sha256") != digest(meta):
             raise UserError(f"{path} is damaged, edited or not {CACHE_FORMAT}: {advice}.")
@@ -524,16 +514,12 @@ def same_data(meta, other):
 
 
 # ---- 5. public files ----
-
-# Name -> address, bytes, SHA-256. COCO publishes no hashes: these are mirrors'. Its address is http,
-# as its certificate doesn't cover a name with dots. kl-f8.bin is the autoencoder of Stable Diffusion
-# 1.4, most likely U-ViT's and the paper's own; the later "ft-mse" and "ft-ema" share its encoder, and
-# so its caches, but their decoders move the FID. OpenAI's own addresses of CLIP are gone; their
-# ViT-L-14.pt can be given by path.
+# Name -> address, bytes, SHA-256 (COCO's are mirrors'). kl-f8.bin is Stable Diffusion 1.4's, most
+# likely U-ViT's and the paper's own: the later "ft-mse" and "ft-ema" have other decoders.
 FILES = json.loads((Path(__file__).parent / "assets/files.json").read_text())
 
 
-def fetch(name: str, folder: str | Path) -> Path:
+def fetch(name, folder):
     """The public file `name` in `folder`, downloaded if it is missing, and verified."""
     url, size, expected = FILES[name]
     path = Path(folder, name)

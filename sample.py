@@ -2,7 +2,6 @@
 
     python sample.py --prompt="three red circles and two blue squares"
     python sample.py --prompt="a red circle above a blue square" --n=16 --guidance_scale=2
-    python sample.py --checkpoint=out/early/best.pt
 
 The checkpoint describes itself: architecture, autoencoder, text tower and latent scale are in it.
 The text goes through its tower and through the model's text path once. The 50 steps run `denoise`
@@ -15,9 +14,7 @@ alone, on the prompt and the null context in one batch:
 where ' is the next step, and h the way to it in log(alpha / sigma).
 
 Picture i has a noise generator of its own, seeded with seed + i: the same seed gives the same
-picture whatever the batch. Each call makes a new folder, out/NAME/generated/0001 and so on, and
-overwrites nothing: 00000.png, 00001.png, ..., captions.txt and grid.png.
-
+picture whatever the batch. Each call makes a new folder, out/NAME/generated/0001 and so on.
 [CFG] arXiv 2207.12598   [DPM++] arXiv 2211.01095
 """
 import itertools
@@ -47,24 +44,20 @@ GuidanceScale = Annotated[float, 0, 100]
 class Config(Constants):
     checkpoint: FilePath = "out/shapes/last.pt"
     prompt: str = "three red circles and two blue squares"
-    n: Annotated[int, 1, 100_000] = 8   # pictures of it
-    steps: SolverSteps = 50         # of the solver
-    guidance_scale: GuidanceScale = 3.0     # w; 1 = no guidance
-    seed: Natural = 0               # picture i has seed + i
+    n: Annotated[int, 1, 100_000] = 8  # pictures of it
+    steps: SolverSteps = 50  # of the solver
+    guidance_scale: GuidanceScale = 3.0  # w; 1 = no guidance
+    seed: Natural = 0  # picture i has seed + i
     batch_size: Size = 64
-    out: FilePath | None = None     # a new folder; None: the next in OUT/NAME/generated
-    weights: FilePath = "weights"   # folder of the public weights, if it needs them
+    out: FilePath | None = None  # None: the next in out/NAME/generated
+    weights: FilePath = "weights"  # folder of the public weights
 
 
 # ---- 1. the solver ----
-
 def dpm_solver_pp_2m(predict_noise, zT: torch.Tensor, steps: int) -> torch.Tensor:
     """From t = 1000 to 1, where no noise is seen, in `steps` equal steps [DPM++, algorithm 2].
-
-    `predict_noise(z, t)` gets z (B, ...) and t (B,). Between whole t, log alpha is interpolated.
-    The first step has no step before it, and the last is by far the longest in log-SNR, so that the
-    correction would overshoot: both are of first order.
-    """
+    `predict_noise(z, t)` gets z (B, ...) and t (B,). The first step, which has none before it, and
+    the last, so long in log-SNR that a correction would overshoot, are of first order."""
     t = np.linspace(1000, 1, steps + 1)
     log_alpha = 0.5 * noise_schedule().log().numpy()
     log_alpha = np.interp(t, np.arange(1001), log_alpha)
@@ -85,16 +78,10 @@ def dpm_solver_pp_2m(predict_noise, zT: torch.Tensor, steps: int) -> torch.Tenso
 
 
 # ---- 2. guidance ----
-
 @torch.no_grad()
-def sample_latents(net: UViT, context: torch.Tensor, prompts: torch.Tensor,
-                   null_context: torch.Tensor, seeds: list[int], steps: int,
-                   guidance_scale: float) -> torch.Tensor:
+def sample_latents(net, context, prompts, null_context, seeds, steps, guidance_scale):
     """Latents (B, C, H, W) float32, still multiplied by the latent scale.
-
-    context (R, L, E) are distinct prompts; picture i has the prompt `prompts[i]` (B,) of them and
-    the noise of seeds[i]. null_context (L, E).
-    """
+    Picture i has the prompt number prompts[i] (B,) of context (R, L, E), and seeds[i]."""
     config, device, w = net.config, context.device, guidance_scale
     shape = (config.channels, config.image_size, config.image_size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -119,7 +106,6 @@ def sample_latents(net: UViT, context: torch.Tensor, prompts: torch.Tensor,
 
 
 # ---- 3. from a checkpoint ----
-
 class Pipeline:
     """A checkpoint with all that it needs to draw: network, text tower, autoencoder."""
 
@@ -163,7 +149,7 @@ def main(config: Config):
     pipeline = Pipeline(config.checkpoint, config.weights)
     length = pipeline.net.config.context_len
     if count_truncated([config.prompt], length):
-        print(f"The prompt is longer than the model's {length} tokens and is cut short.")
+        print(f"The prompt is longer than the model's {length} tokens and is cut.")
     numbered = (Path(config.checkpoint).parent / f"generated/{i:04d}" for i in itertools.count(1))
     folder = new_folder([Path(config.out)] if config.out else numbered)
     paths = draw_files(pipeline, folder, [config.prompt] * config.n, config)[:64]
@@ -175,7 +161,6 @@ def main(config: Config):
 
 
 # ---- 4. pictures on disk ----
-
 def new_folder(candidates):
     """Create the first of the candidates that is free."""
     for folder in candidates:
@@ -187,10 +172,7 @@ def new_folder(candidates):
 
 
 def draw_files(pipeline, folder, captions, config):
-    """Draw 00000.png, ... in `folder`, but for batches that are there already; their paths.
-
-    Picture i has captions[i], which captions.txt lists, and the seed + i.
-    """
+    """Draw what is missing of 00000.png, ...: picture i has captions[i] and seed + i; the paths."""
     paths = [folder / f"{i:05d}.png" for i in range(len(captions))]
     with writing(folder / "captions.txt", "w") as file:  # lines of name, tab, caption
         for path, caption in zip(paths, captions):

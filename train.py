@@ -8,7 +8,6 @@
 Edit a constant below and run again, or override it with --key=value. One step, as in `main`:
 
     rate -> batch -> loss -> backward -> clip -> step -> EMA -> log -> validate -> draw -> save
-
     z0 = scale * sample(moments)
     zt = sqrt(alpha_bar[t]) z0 + sqrt(1 - alpha_bar[t]) eps
     loss = |net(zt, t, text) - eps|^2
@@ -18,9 +17,7 @@ possible [CFG]. All chance is a function of (seed, step), so a resumed run draws
 one would have drawn.
 
 out/NAME/ holds last.pt, best.pt (lowest held-out loss), log.csv, and samples/step_000500.png: the
-same prompts and noise every time, raw weights above EMA. Each file is written to a temporary name
-and then moved, so a crash never costs the one before.
-
+same prompts and noise every time, raw weights above EMA.
 [U-ViT] arXiv 2209.12152   [CFG] arXiv 2207.12598
 """
 import copy
@@ -57,47 +54,45 @@ from vae import load_autoencoder, sample_latent, to_pictures
 class Config(Constants):
     # the run
     data: FilePath = "data/shapes"  # a folder made by prepare_data.py
-    weights: FilePath = "weights"   # folder of the public weights
-    name: str = "shapes"            # of the folder in out/; if it is taken, shapes-2, ...
-    resume: bool = False            # True: resume out/NAME/last.pt
+    weights: FilePath = "weights"  # folder of the public weights
+    name: str = "shapes"  # folder in out/; if taken, shapes-2, ...
+    resume: bool = False  # True: resume out/NAME/last.pt
     seed: Natural = 0
     # the model (see model.py); image size, channels and text length come with the data
     fusion: Literal["early", "intermediate"] = "intermediate"
     conditioning: Literal["concat", "cross_attention"] = "concat"
-    depth: Size = 9                 # early only
-    n_image: Natural = 2            # this and the next three: intermediate only
+    depth: Size = 9  # early only
+    n_image: Natural = 2  # these four: intermediate only
     n_fuse: Size = 3
     n_text: Natural = 2
-    fuse_shift: int = 0             # -2: the text enters at the first block
+    fuse_shift: int = 0  # -2: the text enters at the first block
     patch_size: Size = 1
     width: Size = 128
-    heads: Size = 4
-    # optimisation
+    heads: Size = 4  # optimisation
     steps: Positive = 3300
-    batch_size: Positive = 32       # pictures in a batch, over all GPUs
-    grad_accum: Positive = 1        # batches per step
-    learning_rate: Share = 3e-3     # U-ViT: 2e-4, for a million steps
-    warmup: Natural = 200           # steps from 0 to the full rate
-    cooldown: Share = 1.0           # last share of the steps, in which the rate falls; U-ViT: 0
-    beta: Annotated[float, 0, 0.9999] = 0.9     # both of AdamW's [U-ViT]
-    weight_decay: Share = 0.03      # of every parameter [U-ViT]
-    grad_clip: Annotated[float, 0, 1e9] = 1.0   # largest norm of a gradient; 0: any, as U-ViT
-    t_power: Annotated[float, 0.01, 100] = 0.4  # t = 1000 u^t_power; below 1: more noise; U-ViT: 1
-    p_uncond: Share = 0.1           # share of the pairs without text [CFG]
-    ema_decay: Share = 0.999        # U-ViT: 0.9999
-    init_std: Share = 0.06          # of linear weights; U-ViT: 0.02, at width 512
-    sincos_positions: bool = True   # image positions start as waves; U-ViT: normal(0.02)
+    batch_size: Positive = 32  # pictures, over all GPUs
+    grad_accum: Positive = 1  # batches per step
+    learning_rate: Share = 3e-3  # U-ViT: 2e-4, for a million steps
+    warmup: Natural = 200  # steps from 0 to the full rate
+    cooldown: Share = 1.0  # share of the steps with a falling rate; U-ViT: 0
+    beta: Annotated[float, 0, 0.9999] = 0.9  # both of AdamW's [U-ViT]
+    weight_decay: Share = 0.03  # of every parameter [U-ViT]
+    grad_clip: Annotated[float, 0, 1e9] = 1.0  # largest gradient norm; 0: any, as U-ViT
+    t_power: Annotated[float, 0.01, 100] = 0.4  # t = 1000 u^t_power: more noise; U-ViT: 1
+    p_uncond: Share = 0.1  # share of the pairs without text [CFG]
+    ema_decay: Share = 0.999  # U-ViT: 0.9999
+    init_std: Share = 0.06  # of linear weights; U-ViT: 0.02, at width 512
+    sincos_positions: bool = True  # image positions start as waves; U-ViT: noise
     # speed
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on CUDA
-    # reports
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on CUDA  # reports
     log_every: Positive = 50
     validate_every: Positive = 500
     draw_every: Positive = 500
     save_every: Positive = 500
     guidance_scale: sample.GuidanceScale = 3.0  # of sample grids and score
     sample_steps: sample.SolverSteps = 20
-    score: bool = True              # shapes: evaluate last.pt at the end
+    score: bool = True  # shapes: evaluate last.pt at the end
 
     @property
     def pictures_per_step(self):
@@ -105,7 +100,6 @@ class Config(Constants):
 
 
 # ---- 1. the loss ----
-
 def compute_loss(net, alpha_bar, precision, z0, eps, t, context):
     """Mean squared error of the noise, unweighted [U-ViT]; in float32 outside the network."""
     zt = add_noise(z0, eps, t, alpha_bar)  # (B, C, H, W)
@@ -114,7 +108,7 @@ def compute_loss(net, alpha_bar, precision, z0, eps, t, context):
     return nn.functional.mse_loss(predicted.float(), eps)
 
 
-def learning_rate(step: int, config: Config) -> float:
+def learning_rate(step, config):
     """Linear warm-up, constant, then linear to 0 over the last `cooldown` of the steps."""
     left, cooldown = config.steps - (step - 1), config.cooldown * config.steps
     rise = min(1.0, step / config.warmup) if config.warmup else 1.0
@@ -123,14 +117,13 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: UViT, net: UViT, step: int, config: Config):
+def update_ema(ema, net, step, config):
     """ema <- decay ema + (1 - decay) net. The decay grows, so that the first steps fade soon."""
     decay = min(config.ema_decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
 # ---- 2. the loop ----
-
 def main(config: Config, draw=None):
     """Train, save and score one network; `draw(step, net, ema, folder)` replaces sample grids."""
     device = start_processes(config)
@@ -188,7 +181,6 @@ def main(config: Config, draw=None):
 
 
 # ---- 3. batches ----
-
 def seeded(*key, device="cpu"):
     """A generator for this key, hashed: torch's CPU generator looks at 32 bits of a seed only."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
@@ -223,10 +215,7 @@ class Batches:
         return pictures, torch.where(dropped, 0, self.pairs[pair, 1])
 
     def read(self, index):
-        """The batches of step index + 1: z0, eps (B, C, H, W), t (B,), context (B, L, E) of each.
-
-        All processes draw the same numbers, and each takes its share.
-        """
+        """This process's share of step index + 1: z0, eps, t and context of each batch."""
         config, device = self.config, self.device
         size = config.pictures_per_step
         pictures, texts = self.choose(index, size)
@@ -244,7 +233,7 @@ class Batches:
 
     def stream(self, first, last):
         """(step, its batches) for first..last; a thread reads one step ahead."""
-        cuda = self.device.type == "cuda"  # each thread has a current device
+        cuda = self.device.type == "cuda"  # of this thread
         start = torch.cuda.set_device if cuda else None
         with ThreadPoolExecutor(1, "reader", start, (self.device,)) as reader:
             ahead = reader.submit(self.read, first - 1)
@@ -266,7 +255,8 @@ class HeldOut:
         shape = cache.meta["latent_shape"]  # C, H, W
         noise, eps = torch.randn(2, self.size, *shape, generator=generator)
         z0 = cache.meta["latent_scale"] * sample_latent(moments, noise)
-        t = torch.linspace(1, 1000, self.size)[torch.randperm(self.size, generator=generator)].long()
+        order = torch.randperm(self.size, generator=generator)
+        t = torch.linspace(1, 1000, self.size)[order].long()
         context = torch.from_numpy(cache.text[pairs[:, 1].numpy()]).float()
         parts = [x.to(alpha_bar.device).split(64) for x in (z0, eps, t, context)]
         self.batches = list(zip(*parts))
@@ -279,7 +269,6 @@ class HeldOut:
 
 
 # ---- 4. processes, data and network ----
-
 # Under torchrun this is process RANK of WORLD; the first one prints and writes.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -294,7 +283,7 @@ def print0(text):
 
 
 def start_processes(config):
-    """The device of this process; under torchrun each has a GPU of its own, or all share the CPU."""
+    """The device of this process: under torchrun, a GPU of its own, or the CPU with the others."""
     if config.batch_size % WORLD:
         raise UserError(f"--batch_size={config.batch_size} is no multiple of {WORLD} processes.")
     if WORLD > 1 and not dist.is_initialized():
@@ -346,11 +335,7 @@ def start_network(config, uvit, device, precision):
 
 def wrap_network(net, config, device):
     """The network, compiled where that pays, and shared by all processes.
-
-    "auto" compiles on CUDA what does 1e16 multiply-adds or more: a guess, not yet measured.
-    Compiling takes a minute or more.
-    """
-    # 3: a backward pass costs twice a forward pass
+    "auto" compiles on CUDA what does 1e16 multiply-adds or more: a guess, not yet measured."""
     work = 3 * config.steps * config.pictures_per_step * sum(count_multiply_adds(net.config))
     pays = device.type == "cuda" and work >= 1e16
     if config.compile == "on" or config.compile == "auto" and pays:
@@ -366,7 +351,6 @@ def wrap_network(net, config, device):
 
 
 # ---- 5. reports ----
-
 def print_facts(config, net, data, meta, precision):
     uvit, giga = net.config, sum(count_multiply_adds(net.config)) / 1e9
     parameters = sum(p.numel() for p in net.parameters())
@@ -376,7 +360,7 @@ def print_facts(config, net, data, meta, precision):
            f"{window[0]} to {window[-1]}, {uvit.n_text} text blocks; {parameters:,} "
            f"parameters, {giga:.3f} G multiply-adds = {2 * giga:.3f} GFLOPs per image\n"
            f"{data.pictures:,} pictures, {len(data.pairs):,} captions; {config.steps:,} steps of "
-           f"{size} = {config.steps * size / data.pictures:.3g} epochs; {WORLD} x {device}, "
+           f"{size}; {WORLD} x {device}, "
            f"{precision}\ntext tower: {meta['text_tower']['about']}; "
            f"autoencoder: {meta['autoencoder']['about']}")
 
@@ -399,7 +383,7 @@ class Report:
         self.config, self.folder, self.device = config, folder, device
         self.best, self.skipped = math.inf, 0
         self.began = time.perf_counter()
-        self.lines = [self.COLUMNS]  # of log.csv
+        self.lines = [self.COLUMNS]
         self.losses, self.norms = [], []  # since the last measurement
 
     def state_dict(self):
@@ -481,14 +465,10 @@ class SampleGrid:
 
 
 # ---- 6. the run and its files ----
-
 @contextmanager
 def open_run(config):
     """Yields (config, folder, stop) of a new run or of one to resume, and holds its lock.
-
-    `stop` is a list that the first Ctrl-C, SIGTERM or closed terminal fills; the second ends the
-    run at once.
-    """
+    The first Ctrl-C, SIGTERM or closed terminal fills the list `stop`; the second raises."""
     folder, stop = Path("out", config.name), []
     if folder == Path("out") or not folder.is_relative_to("out") or ".." in folder.parts:
         raise UserError(f"--name={config.name}: expected a folder below out/, such as shapes.")
@@ -504,7 +484,7 @@ def open_run(config):
         if stop:
             raise KeyboardInterrupt
         stop.append(number)
-        print0("Stopping after this step, to save it; once more ends the run at once.")
+        print0("Stopping after this step; once more stops at once.")
     with ExitStack() as stack:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -525,7 +505,7 @@ def load_run(path, config, parts, meta):
         if state["uvit"] != parts["model"].config:
             other = "architecture"
         for key in ("seed", "init_std", "sincos_positions", "beta", "weight_decay"):
-            if key in changed:  # it would have no effect any more
+            if key in changed:  # it has no effect any more
                 other = key
         if other:
             raise UserError(f"{path} was trained with another {other}; its own command is: "
@@ -563,7 +543,7 @@ def finish(config, folder, step, cache, device, stop):
     if step < config.steps:
         again = command("train.py", config, resume=True)
         return print0(f"Stopped at step {step:,}; resume with: {again}")
-    import evaluate  # here: who reads the method need not read it
+    import evaluate  # not needed to read the method
     path, prompt = str(folder / "last.pt"), cache.captions[cache.val_pairs[0, 1]]
     same = {"weights": config.weights, "guidance_scale": config.guidance_scale}
     scoring = evaluate.Config(path, config.data, steps=config.sample_steps, **same)
