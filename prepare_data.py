@@ -82,8 +82,8 @@ DEFAULTS = {
                "context_len": 16, "train_images": 20_000, "val_images": 1_000},
     "coco": REAL | {"val_images": 30_000}, "folder": REAL}
 CACHE_FORMAT = "midfuse-cache-2"
-# At 1, the KL latents' [LDM], the few objects on a background would show even at t = 1000, where a
-# sampler starts from noise alone.
+# Standard deviation of the linear latents. At 1, that of the KL ones [LDM], a few objects on a
+# background would show even at t = 1000, where a sampler starts from noise alone.
 LATENT_STD = 0.5
 BATCH = 64
 
@@ -193,9 +193,9 @@ class Source:
 
 def open_shapes(config, split):
     """A split of the shapes: picture i is a function of (seed, split, i), on any machine."""
-    key, held_out = (config.seed, int(split == "val")), split == "val"
+    key = (config.seed, int(split == "val"))
     rng, count = np.random.default_rng(key), getattr(config, f"{split}_images")
-    scenes = [choose_scene(rng, held_out and i % 2 == 1) for i in range(count)]
+    scenes = [choose_scene(rng, split == "val" and i % 2 == 1) for i in range(count)]
 
     def load(i):
         return draw_scene(scenes[i], np.random.default_rng((*key, i)), config.image_size)
@@ -259,7 +259,7 @@ def read_captions(folder):
             with reading(path, f"a picture's file_name and text in row {number}"):
                 if path.suffix == ".jsonl":
                     row = json.loads(line)
-                else:  # an open quote must not take more
+                else:  # alone: an open quote ends in it
                     names, cells = csv.reader([lines[0]]), csv.reader([line], strict=True)
                     row = dict(zip(next(names), next(cells), strict=True))
                 texts = [row["text"]] if isinstance(row["text"], str) else row["text"]

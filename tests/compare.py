@@ -4,15 +4,15 @@
     python tests/compare.py --models=positions --seeds=4 --until=2400
     python tests/compare.py --models=positions --seeds=3 --task=what
     python tests/compare.py --models=all --report --to=assets   # trains nothing: tables, figures
-    python tests/compare.py --sweep=out/shapes/eval             # evaluations at several w
+    python tests/compare.py --sweep=out/shapes/eval             # draws evaluations at several w
 
-Every 300 steps (100 of the easier task "what") the EMA draws the same held-out captions, 160 of them and 500 after the last step,
-from the same noise (picture i has seed i), and the detector of evaluate.py reads the pictures. So
-each run is a curve: the share that is right in everything, against steps or multiply-adds (3 for
+Every 300 steps (100 of the easier task "what") the EMA draws the same held-out captions, 160 of
+them and 500 after the last step, from the same noise (picture i has seed i), and the detector of
+evaluate.py reads the pictures. So each run is a curve: the share that is right in everything, against steps or multiply-adds (3 for
 each of a forward pass, the text path included).
 
-Models are compared with runs of the same seed, which see the same batches and noise; intervals are
-of 95%, by Student's t over the seeds. Whole runs are not trained again, interrupted ones resume,
+Models are compared with early-concat, or with the first that is named, by runs of the same seed,
+which see the same batches and noise; intervals are of 95%, by Student's t over the seeds. Whole runs are not trained again, interrupted ones resume,
 and of two calls at a time each takes what the other has not begun. `until` ends a run at that step
 of the same schedule; a later call without it resumes.
 
@@ -324,13 +324,14 @@ def print_tables(models: dict[str, list[dict]]):
     """The figures of each model's runs, what differs from the base, and the way there."""
     steps = [{point["step"] for point in run["curve"]} for runs in models.values() for run in runs]
     steps = sorted(set.intersection(*steps))
-    base = {run["seed"]: measure(run, steps[-1]) for run in models.get(BASE, [])}
+    first = BASE if BASE in models else next(iter(models))
+    base = {run["seed"]: measure(run, steps[-1]) for run in models[first]}
     means, differences, ways = [], [], []
     for name, runs in models.items():
         figures = {run["seed"]: measure(run, steps[-1]) for run in runs}
         pairs = [(figures[seed], base[seed]) for seed in figures.keys() & base.keys()]
         mean = {f"right at step {steps[-1]:,}": name, "seeds": str(len(runs))}
-        difference = {f"less {BASE}": name, "pairs": str(len(pairs))}
+        difference = {f"less {first}": name, "pairs": str(len(pairs))}
         for title in figures[runs[0]["seed"]]:
             both = [(mine[title], other[title]) for mine, other in pairs]
             mean[title] = show_mean([each[title] for each in figures.values()])
@@ -340,7 +341,7 @@ def print_tables(models: dict[str, list[dict]]):
             way[f"{step:,}"] = show_mean([100 * point_at(run, step)["everything"] for run in runs])
         means.append(mean)
         ways.append(way)
-        if pairs and name != BASE:
+        if pairs and name != first:
             differences.append(difference)
     for table in filter(None, (means, differences, ways)):
         print()

@@ -247,7 +247,7 @@ def test_killed_at_any_moment_the_same_command_resumes(caches):
     began, generator = time.perf_counter(), random.Random(0)
     start("timed").join()
     whole = time.perf_counter() - began
-    for _ in range(12):
+    for _ in range(8):
         process = start("killed")
         time.sleep(whole * generator.uniform(0.2, 1))
         process.kill()

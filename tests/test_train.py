@@ -445,10 +445,10 @@ def test_few_held_out_pictures_are_measured_at_many_noise_levels():
 
 def test_drawing_is_not_training_time():
     def draw(*_):
-        time.sleep(1)
+        time.sleep(0.5)
     train.main(tiny(steps=4, log_every=4, validate_every=4, draw_every=1), draw)
     line = Path("out/run/log.csv").read_text().splitlines()[-1].split(",")
-    assert float(line[1]) > 3 and float(line[5]) > 4 * 8 / 3       # seconds, images/s
+    assert float(line[1]) > 1.5 and float(line[5]) > 4 * 8 / 1.5   # seconds, images/s
 
 
 @pytest.mark.parametrize("changes, words", [
