@@ -1,7 +1,7 @@
 """Caption -> tokens -> features: CLIP's tokenizer and text tower.
 
     "two red circles"                                 a caption of any length
-     -> [49406, 1237, 736, 14040, 49407, 49407, ...]  77 token ids: start is 49406, end is 49407
+     -> [49406, 1237, 736, 19411, 49407, 49407, ...]  77 token ids: start is 49406, end is 49407
      -> features (B, 77, E), pooled (B, projection)
 
 The tokenizer is OpenAI's byte-pair encoding. Clean the text, split it into words with one pattern,

@@ -6,14 +6,14 @@
 
 Shapes are scored exactly, by a detector that reads the objects off each picture: right are count,
 colour and shape (those asked and no others), relation, everything (each object asked is there once,
-nothing else). "99 / 96" are % right of combinations seen in training / never seen. Real pictures:
+nothing else). "99 / 96" are % right of combinations seen in training / never seen. Of real ones:
 
     FID         |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of Inception features           [FID]
     CLIP score  cosine x 100 between CLIP's features of a picture and of its caption    [CLIPScore]
 
-The FID is against all held-out pictures of the cache. The ceiling is the score of as many of these
-(of all: FID 0), the floor theirs with shuffled captions. What is drawn stays in out/NAME/eval/, to
-resume or use again, with scores and protocol in eval.json; out/NAME/eval.json is the latest.
+The FID is against all held-out pictures of the cache. The ceiling is the score of as many of these,
+the floor theirs with captions of others. What is drawn stays in out/NAME/eval/, to be used again,
+with scores and protocol in eval.json; out/NAME/eval.json is the latest.
 [FID] arXiv 1706.08500   [CLIP] arXiv 2103.00020   [CLIPScore] arXiv 2104.08718
 """
 from dataclasses import asdict, dataclass, replace
@@ -296,8 +296,7 @@ def load_clip_image(path: str | Path) -> CLIPImage:
 
 # ---- 4. scorers ----
 SCORE_BATCH = 50  # whatever the --batch_size
-PROTOCOL = {"detector": "nearest colour, best shape"}
-SHAPES_SCORER = SimpleNamespace(protocol=PROTOCOL, embed=list, score=score_shapes)
+SHAPES_SCORER = SimpleNamespace(protocol={"detector": "exact"}, embed=list, score=score_shapes)
 
 
 class RealScorer:
@@ -362,7 +361,7 @@ def choose_prompts(cache, config):
     return pictures[:n], [cache.captions[row] for row in cache.val_pairs[first[:n], 1]]
 
 
-def evaluate_checkpoint(pipeline, config, captions, scorer, cache):
+def evaluate_checkpoint(pipeline, config, captions, scorer, bounds, cache):
     """Draw and score; the latest eval.json is also the checkpoint's."""
     step, w, weights = pipeline.step, config.guidance_scale, weights_sha256(pipeline.net)
     made_of = digest([weights, cache.meta["files"]])[:8]
@@ -374,10 +373,10 @@ def evaluate_checkpoint(pipeline, config, captions, scorer, cache):
         pictures = (np.asarray(read_picture(path)) for path in paths)
         result = {
             "name": f"{config.checkpoint} at step {step}",
-            "scores": scorer.score(scorer.embed(pictures), captions), "bounds": scorer.bounds,
+            "scores": scorer.score(scorer.embed(pictures), captions), "bounds": bounds,
             "protocol": asdict(config) | scorer.protocol | {
                 "pictures": len(paths), "captions": "first of each picture", "step": step,
-                "weights": "EMA", "weights_sha256": weights, "trained_on": pipeline.meta,
+                "averaged": True, "weights_sha256": weights, "trained_on": pipeline.meta,
                 "sampler": "DPM-Solver++(2M), eps_uncond + w (eps_cond - eps_uncond)",
                 "precision": str(choose_precision(pipeline.device)), "torch": torch.__version__}}
         write_json(folder / "eval.json", result)
@@ -414,13 +413,13 @@ def main(config: Config):
         jobs.append((pipeline, replace(config, checkpoint=path)))
     pictures, captions = choose_prompts(cache, config)
     scorer = SHAPES_SCORER if shapes else RealScorer(cache, config)
-    scorer.bounds = score_bounds(scorer, cache, pictures, captions)
-    results = [evaluate_checkpoint(*job, captions, scorer, cache) for job in jobs]
+    bounds = score_bounds(scorer, cache, pictures, captions)
+    results = [evaluate_checkpoint(*job, captions, scorer, bounds, cache) for job in jobs]
     n = len(captions)
     unit = "; % right of seen / unseen combinations" if shapes else ""
     print(f"\n{n:,} pictures{unit}\n")
-    bounds = [{"name": name, "scores": scores} for name, scores in scorer.bounds.items()]
-    print_table([format_row(result) for result in results + bounds])
+    results += [{"name": name, "scores": scores} for name, scores in bounds.items()]
+    print_table([format_row(result) for result in results])
     if not shapes and n < 30_000:
         print("warning: not comparable with FID-30k: fewer pictures have a higher FID.")
 

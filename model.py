@@ -49,7 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 Positive = Annotated[int, 1, 2 ** 31 - 1]
 Natural = Annotated[int, 0, 2 ** 31 - 1]
 Size = Annotated[int, 1, 2 ** 14]  # of a layer or a picture
-Share = Annotated[float, 0, 1]
+Unit = Annotated[float, 0, 1]
 FilePath = Annotated[str, "path"]  # may begin with ~
 
 

@@ -1,7 +1,7 @@
 """Pictures and captions -> data/NAME/, a cache of latents and text features for train.py.
 
     python prepare_data.py                                  # captioned shapes (train.py runs this)
-    python prepare_data.py --dataset=coco                   # MS-COCO: 20 GB to fetch, 62 GB cached
+    python prepare_data.py --dataset=coco                   # MS-COCO: 22 GB to fetch, 62 GB cached
     python prepare_data.py --dataset=folder --pictures=DIR  # your own pictures and captions
 
     pictures --crop, resize--> (3, S, S) --autoencoder--> moments (2C, h, w)
@@ -18,9 +18,8 @@ Moments are cached, not samples of them. Killed at any point, the same command r
     autoencoder.npz           the linear autoencoder, where it is used
     preview.png, meta.json    look at it before you train; written last: what all is made of
 
-The shapes: circles, squares and triangles in six colours, captioned by number ("three red circles
-and two blue squares") or by place ("a red circle above a blue square"). A fixed tenth of the groups
-and of the relations never occurs in training, so that evaluate.py can score unseen ones apart.
+The shapes have three kinds and six colours, and are captioned by number ("one red circle and two
+blue squares") or place ("a red circle above a blue square"). A fixed tenth is never trained on.
 """
 import csv
 import hashlib
@@ -252,6 +251,8 @@ def read_captions(folder):
     """Name -> captions, of the folder's tables, or else of the .txt next to each picture.
     A .txt has a caption a line; a .jsonl and a .csv "file_name" and "text", one or, in .jsonl, a
     list of captions."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: expected a folder of pictures.")
     tables, pairs, captions = [*folder.glob("[!.]*.jsonl"), *folder.glob("[!.]*.csv")], [], {}
     for path in sorted(tables):
         lines = [*filter(str.strip, read_lines(path))]
@@ -380,7 +381,7 @@ def open_text_tower(config):
 
 
 def expect_same(path, made_of):
-    with reading(path, "what a cache is made of: name another --out"):
+    with reading(path, "an unfinished cache: name another --out"):
         then = json.loads(path.read_text(encoding="utf-8"))
         if difference := same_data({key: then.get(key) for key in made_of}, made_of):
             raise UserError(f"{path} is of other data: {difference}; name another --out.")

@@ -13,8 +13,7 @@ Edit a constant below and run again, or override it with --key=value. One step, 
     loss = |net(zt, t, text) - eps|^2
 
 In a tenth of the pairs the text is replaced by that of the empty caption, which makes guidance
-possible [CFG]. All chance is a function of (seed, step), so a resumed run draws what an unbroken
-one would have drawn.
+possible [CFG]. All chance is a function of (seed, step), and a resumed run equals an unbroken one.
 
 out/NAME/ holds last.pt, best.pt (lowest held-out loss), log.csv, and samples/step_000500.png: the
 same prompts and noise every time, raw weights above EMA.
@@ -43,7 +42,7 @@ import torch.nn as nn
 
 import prepare_data
 import sample
-from model import (CHECKPOINT_FORMAT, Constants, FilePath, Mlp, Natural, Positive, Share, Size,
+from model import (CHECKPOINT_FORMAT, Constants, FilePath, Mlp, Natural, Positive, Size, Unit,
                    UserError, UViT, UViTConfig, add_noise, autocast, choose_device,
                    choose_precision, command, count_multiply_adds, noise_schedule, one_writer,
                    read_checkpoint, reading, run, writing)
@@ -68,24 +67,25 @@ class Config(Constants):
     fuse_shift: int = 0  # -2: the text enters at the first block
     patch_size: Size = 1
     width: Size = 128
-    heads: Size = 4  # optimisation
+    heads: Size = 4
+    # optimisation
     steps: Positive = 3300
     batch_size: Positive = 32  # pictures, over all GPUs
     grad_accum: Positive = 1  # batches per step
-    learning_rate: Share = 3e-3  # U-ViT: 2e-4, for a million steps
+    learning_rate: Unit = 3e-3  # U-ViT: 2e-4, for a million steps
     warmup: Natural = 200  # steps from 0 to the full rate
-    cooldown: Share = 1.0  # share of the steps with a falling rate; U-ViT: 0
+    cooldown: Unit = 1.0  # share of the steps with a falling rate; U-ViT: 0
     beta: Annotated[float, 0, 0.9999] = 0.9  # both of AdamW's [U-ViT]
-    weight_decay: Share = 0.03  # of every parameter [U-ViT]
+    weight_decay: Unit = 0.03  # of every parameter [U-ViT]
     grad_clip: Annotated[float, 0, 1e9] = 1.0  # largest gradient norm; 0: any, as U-ViT
     t_power: Annotated[float, 0.01, 100] = 0.4  # t = 1000 u^t_power: more noise; U-ViT: 1
-    p_uncond: Share = 0.1  # share of the pairs without text [CFG]
-    ema_decay: Share = 0.999  # U-ViT: 0.9999
-    init_std: Share = 0.06  # of linear weights; U-ViT: 0.02, at width 512
+    p_uncond: Unit = 0.1  # share of the pairs without text [CFG]
+    ema_decay: Unit = 0.999  # U-ViT: 0.9999
+    init_std: Unit = 0.06  # of linear weights; U-ViT: 0.02, at width 512
     sincos_positions: bool = True  # image positions start as waves; U-ViT: noise
-    # speed
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on CUDA  # reports
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on CUDA
+    # reports
     log_every: Positive = 50
     validate_every: Positive = 500
     draw_every: Positive = 500
@@ -233,7 +233,7 @@ class Batches:
 
     def stream(self, first, last):
         """(step, its batches) for first..last; a thread reads one step ahead."""
-        cuda = self.device.type == "cuda"  # of this thread
+        cuda = self.device.type == "cuda"  # the reader starts on GPU 0
         start = torch.cuda.set_device if cuda else None
         with ThreadPoolExecutor(1, "reader", start, (self.device,)) as reader:
             ahead = reader.submit(self.read, first - 1)
@@ -388,7 +388,7 @@ class Report:
 
     def state_dict(self):
         self.seconds = time.perf_counter() - self.began
-        return {key: getattr(self, key) for key in ("best", "skipped", "seconds", "lines")}
+        return {key: vars(self)[key] for key in "best skipped seconds lines losses norms".split()}
 
     def load_state_dict(self, state):
         vars(self).update(state)
@@ -402,8 +402,8 @@ class Report:
 
     def measure(self, step, rate):
         """A line for log.csv, printed too; the loss is a mean over the steps since the last one."""
-        losses = torch.stack(self.losses)
-        finite = torch.stack(self.norms).isfinite()
+        losses = torch.stack([loss.to(self.device) for loss in self.losses])
+        finite = torch.stack([norm.to(self.device) for norm in self.norms]).isfinite()
         if WORLD > 1:
             dist.all_reduce(losses)
             losses /= WORLD
@@ -471,14 +471,14 @@ def open_run(config):
     The first Ctrl-C, SIGTERM or closed terminal fills the list `stop`; the second raises."""
     folder, stop = Path("out", config.name), []
     if folder == Path("out") or not folder.is_relative_to("out") or ".." in folder.parts:
-        raise UserError(f"--name={config.name}: expected a folder below out/, such as shapes.")
+        raise UserError(f"--name={config.name}: expected a folder below out/.")
     if config.resume and not folder.is_dir():
         raise UserError(f"{folder} is missing: --name says which run in out/ to resume.")
     if not config.resume and RANK == 0:
         numbered = (Path(f"{folder}-{number}") for number in itertools.count(2))
         folder = sample.new_folder(itertools.chain([folder], numbered))
         config = replace(config, name=folder.relative_to("out").as_posix())
-        print0(f"{folder} is the folder of this run; --name={config.name} --resume resumes it")
+        print0(f"This run is {folder}; to resume it: {command('train.py', config, resume=True)}")
 
     def ask(number, _):
         if stop:
@@ -505,7 +505,7 @@ def load_run(path, config, parts, meta):
         if state["uvit"] != parts["model"].config:
             other = "architecture"
         for key in ("seed", "init_std", "sincos_positions", "beta", "weight_decay"):
-            if key in changed:  # it has no effect any more
+            if key in changed:  # too late
                 other = key
         if other:
             raise UserError(f"{path} was trained with another {other}; its own command is: "
@@ -548,7 +548,7 @@ def finish(config, folder, step, cache, device, stop):
     same = {"weights": config.weights, "guidance_scale": config.guidance_scale}
     scoring = evaluate.Config(path, config.data, steps=config.sample_steps, **same)
     drawing = sample.Config(path, prompt, **same)
-    print0(f"The run is whole and saved. Its score:\n  {command('evaluate.py', scoring)}")
+    print0(f"The run is whole and saved; to score it:\n  {command('evaluate.py', scoring)}")
     if config.score and cache.meta["dataset"] == "shapes" and not stop:
         evaluate.main(scoring)
     print0(f"Look at {folder / 'samples'}; then draw with:\n  {command('sample.py', drawing)}")

@@ -5,8 +5,8 @@
     pictures  <--to_pictures--  x about [-1, 1]  <---------------- decode ------------------+
 
 Moments are the mean and log-variance of a normal distribution over latents: z = mean + std * noise.
-A data cache holds moments, so that a picture has another latent each time it is seen. The diffusion
-model works on latent_scale * z; callers apply that factor, and `decode` takes z without it.
+A cache holds moments: a picture has another latent each time it is seen. The diffusion model works
+on latent_scale * z; callers apply that factor.
 
 `KLAutoencoder` is the one of U-ViT and the paper: the "f8" of latent diffusion [LDM], C = 4,
 h = H/8, w = W/8, under CompVis's names and with public weights. `LinearAutoencoder`, the stand-in

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 
-from model import (Constants, FilePath, Natural, Positive, Share, UserError, command,
+from model import (Constants, FilePath, Natural, Positive, Unit, UserError, command,
                    parse_arguments, run)
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ class Config(Constants):
     seed: Natural = 0
     # the solver
     steps: Positive = 50            # of the solver; 3 + 4 is no problem
-    learning_rate: Share = 3e-3     # see [CFG] # twice
+    learning_rate: Unit = 3e-3     # see [CFG] # twice
     shift: int = 0
     how: Literal["concat", "cross"] = "concat"
     raw: bool = False               # True: without the average

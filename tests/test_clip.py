@@ -4,6 +4,7 @@ import html
 import os
 import pickle
 import random
+import re
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -526,3 +527,8 @@ def test_the_image_tower_wants_uint8_and_ignores_autocast(tmp_path):
     expected = tower(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert tower(images).equal(expected)
+
+
+def test_the_example_of_the_docstring_is_right():
+    shown = re.search(r"-> \[(.*?), \.\.\.\]", clip_text.__doc__)[1]
+    assert tokenize(["two red circles"])[0, :6].tolist() == [int(x) for x in shown.split(", ")]

@@ -340,7 +340,7 @@ def test_eval_json_carries_its_whole_protocol(quick, weights, capsys):
     protocol = result["protocol"]
     expected = {
         "pictures": N, "captions": "first of each picture", "data": "data/coco", "steps": 2, "seed": 0,
-        "guidance_scale": 2, "sampler": "DPM-Solver++(2M), eps_uncond + w (eps_cond - eps_uncond)", "step": 1_000_000, "weights": "EMA",
+        "guidance_scale": 2, "sampler": "DPM-Solver++(2M), eps_uncond + w (eps_cond - eps_uncond)", "step": 1_000_000, "averaged": True,
         "checkpoint": "runs/small.pth", "reference": "all held-out pictures of data/coco",
         "reference_sha256": sha256("data/coco/val_images.npy"),
         "inception_sha256": sha256("few.pth"), "clip_sha256": sha256(weights / CLIP)}

@@ -103,7 +103,7 @@ def test_a_run_says_that_it_is_saved_before_it_is_scored(monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         train.main(tiny(steps=2, score=True))
     printed = capsys.readouterr().out
-    assert "whole and saved. Its score:" in printed
+    assert "whole and saved; to score it:" in printed
     assert " --checkpoint=out/run/last.pt --data=data/tiny --steps=2\n" in printed
 
 
@@ -148,6 +148,20 @@ def test_a_constant_that_the_fusion_does_not_use_may_change_on_resume():
     assert read_checkpoint("out/run/last.pt")["step"] == 2
 
 
+def test_the_log_of_a_resumed_run_is_that_of_an_unbroken_one(monkeypatch):
+    train.main(tiny(name="whole", log_every=6, validate_every=6))
+    with monkeypatch.context() as context:
+        stop_after(4, context)
+        train.main(tiny(log_every=6, validate_every=6))
+    train.main(tiny(log_every=6, validate_every=6, resume=True))
+    (_, whole), (_, resumed) = [Path(f"out/{name}/log.csv").read_text().splitlines()
+                                for name in ("whole", "run")]
+    both = [line.split(",") for line in (whole, resumed)]
+    for line in both:
+        del line[5], line[1]                            # images/s, seconds
+    assert both[0] == both[1]
+
+
 def test_a_second_writer_of_a_run_is_refused():
     train.main(tiny(steps=1))
     program = "import train; from test_train import tiny; train.main(tiny(steps=2, resume=True))"
@@ -171,7 +185,7 @@ def test_a_new_run_never_writes_over_an_old_one_and_says_where_it_is(capsys):
     train.main(tiny(steps=1))
     before = Path("out/run/last.pt").read_bytes()
     train.main(tiny(steps=1, seed=1))
-    assert "out/run-2 is the folder of this run; --name=run-2 --resume" in capsys.readouterr().out
+    assert "This run is out/run-2; to resume it: python train.py --data=data/tiny --name=run-2" in capsys.readouterr().out
     assert Path("out/run/last.pt").read_bytes() == before
     assert read_checkpoint("out/run-2/last.pt")["config"]["name"] == "run-2"
 
