@@ -6,7 +6,7 @@
 
 Shapes are scored exactly, by a detector that reads the objects off each picture: right are count,
 colour and shape (those asked and no others), relation, everything (each object asked is there once,
-nothing else). "99 / 96" are % right of combinations seen in training / never seen. Of real ones:
+nothing else). "99 / 96" are % right of combinations seen in training / never seen. For real ones:
 
     FID         |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of Inception features           [FID]
     CLIP score  cosine x 100 between CLIP's features of a picture and of its caption    [CLIPScore]

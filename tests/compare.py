@@ -373,14 +373,15 @@ def draw_figures(models: dict[str, list[dict]], to: Path):
         draw_curves(figure.subplots(), four, against_work=True)
         figure.savefig(to / "work.png", dpi=120)
     if len(positions) > 1:
-        figure = Figure(figsize=(13, 4.5), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        draw_curves(right, positions, against_work=False)
         looks = [run["where"] for run in models.get(BASE, []) if "where" in run]
+        panels = 2 if looks else 1
+        figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        draw_curves(axes[-1], positions, against_work=False)
         if looks:
             shares = {block: np.mean([look["lost_if_hidden"][block] for look in looks], axis=0)
                       for block in looks[0]["lost_if_hidden"]}
-            where.draw_heat_map(left, shares, looks[0]["blocks"],
+            where.draw_heat_map(axes[0], shares, looks[0]["blocks"],
                                 f"{BASE}, text hidden here: % of its benefit lost")
         figure.savefig(to / "positions.png", dpi=120)
 
