@@ -302,7 +302,7 @@ def show_difference(pairs: list[tuple], title: str) -> str:
 # ---- 5. the report ----
 
 def collect(to: Path) -> dict[str, list[dict]]:
-    """Task -> runs: those of results.json, and those on this disk, with what where.py found."""
+    """Task -> runs: those of results.json, which keeps what else it has, and those on this disk."""
     path, results = to / "results.json", {}
     kept = json.loads(path.read_text()) if path.exists() else {}
     for task in TASKS:
@@ -316,7 +316,7 @@ def collect(to: Path) -> dict[str, list[dict]]:
         results[task] = [runs[key] for key in sorted(runs)]
     to.mkdir(parents=True, exist_ok=True)
     with writing(path, "w") as file:                    # a line for each run
-        file.write(json.dumps(results).replace('{"name"', '\n{"name"') + "\n")
+        file.write(json.dumps(kept | results).replace('{"name"', '\n{"name"') + "\n")
     return results
 
 
