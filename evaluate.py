@@ -148,9 +148,13 @@ HALVE = nn.MaxPool2d(3, stride=2)
 AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
 
-def check_pictures(images):
+def exact_float32(images):
+    """Without TensorFloat-32, from now on, and autocast: scores depend on the pictures alone."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise TypeError(f"expected uint8 (B, 3, H, W), not {images.dtype} {[*images.shape]}.")
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.autocast(images.device.type, enabled=False)
 
 
 class Inception(nn.Module):
@@ -187,8 +191,7 @@ class Inception(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, H, W) -> float32 (B, 2048), resized as in pytorch-fid: not antialiased."""
-        check_pictures(images)
-        with torch.autocast(images.device.type, enabled=False):
+        with exact_float32(images):
             x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear")
             x = self.conv(2 * x - 1, "Conv2d_1a_3x3", 2, "valid")
             x = self.conv(x, "Conv2d_2a_3x3", 1, "valid")
@@ -275,8 +278,7 @@ class CLIPImage(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, H, W) -> features (B, projection) in float32."""
-        check_pictures(images)
-        with torch.autocast(images.device.type, enabled=False):
+        with exact_float32(images):
             x = self.conv1(preprocess(images, self.side)).flatten(2).mT  # (B, N, width)
             start = self.class_embedding.expand(len(x), 1, -1)
             x = torch.cat([start, x], dim=1) + self.positional_embedding  # (B, 1+N, width)
@@ -296,7 +298,7 @@ def load_clip_image(path: str | Path) -> CLIPImage:
 
 # ---- 4. scorers ----
 SCORE_BATCH = 50  # whatever the --batch_size
-SHAPES_SCORER = SimpleNamespace(protocol={"detector": "exact"}, embed=list, score=score_shapes)
+SHAPES_SCORER = SimpleNamespace(protocol={"detector": "best shape"}, embed=list, score=score_shapes)
 
 
 class RealScorer:
@@ -305,7 +307,6 @@ class RealScorer:
     def __init__(self, cache, config):
         inception = config.inception or fetch(INCEPTION, config.weights)
         clip = config.clip or fetch(CLIP, config.weights)
-        torch.backends.cudnn.allow_tf32 = False  # exact, whatever the device
         self.device = choose_device()
         self.inception = load_inception(inception).to(self.device)
         self.clip_image = load_clip_image(clip).to(self.device)
@@ -415,12 +416,11 @@ def main(config: Config):
     scorer = SHAPES_SCORER if shapes else RealScorer(cache, config)
     bounds = score_bounds(scorer, cache, pictures, captions)
     results = [evaluate_checkpoint(*job, captions, scorer, bounds, cache) for job in jobs]
-    n = len(captions)
     unit = "; % right of seen / unseen combinations" if shapes else ""
-    print(f"\n{n:,} pictures{unit}\n")
+    print(f"\n{len(captions):,} pictures{unit}\n")
     results += [{"name": name, "scores": scores} for name, scores in bounds.items()]
     print_table([format_row(result) for result in results])
-    if not shapes and n < 30_000:
+    if not shapes and len(captions) < 30_000:
         print("warning: not comparable with FID-30k: fewer pictures have a higher FID.")
 
 

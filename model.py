@@ -170,7 +170,7 @@ class UViTConfig:
         if self.depth % 2 == 0:
             raise UserError(f"{self.depth} blocks: expected an odd number (of depth or n_fuse).")
         if abs(self.fuse_shift) > self.n_image:
-            raise UserError(f"fuse_shift={self.fuse_shift}: expected at most n_image either way.")
+            raise UserError(f"fuse_shift={self.fuse_shift}: expected ±{self.n_image} at most.")
         if side % patch:
             raise UserError(f"patch_size={patch}: expected a divisor of the latent's side, {side}.")
         if width % heads or width % 4:
@@ -231,7 +231,7 @@ class UViT(nn.Module):
         return torch.stack([block.attn.keys_values(block.norm1(text)) for block in window], dim=1)
 
     def denoise(self, zt: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """The half that runs at each step: as `forward`, but with the text of `encode_text`."""
+        """zt (B, C, H, W), t (B,) in 1..1000, `encode_text`'s text -> predicted noise like zt."""
         time_pos, _, image_pos = self.positions()
         time = timestep_embedding(t, self.config.width)[:, None]    # (B, 1, D)
         image = self.patch_embed["proj"](zt).flatten(2).mT          # (B, N, D)
@@ -379,7 +379,7 @@ def one_writer(folder, wait=False):
                 lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")
             except sqlite3.OperationalError:
                 if not wait:
-                    raise UserError(f"{folder} is being written by another process.") from None
+                    raise UserError(f"another process is writing {folder}: wait for it.") from None
                 print(f"waiting for the other process that writes {folder} ...")
                 lock.execute("PRAGMA busy_timeout = 3000")  # in which Ctrl-C waits, too
         yield

@@ -260,7 +260,7 @@ def read_captions(folder):
             with reading(path, f"a picture's file_name and text in row {number}"):
                 if path.suffix == ".jsonl":
                     row = json.loads(line)
-                else:  # alone: an open quote ends in it
+                else:  # alone, or an open quote takes others
                     names, cells = csv.reader([lines[0]]), csv.reader([line], strict=True)
                     row = dict(zip(next(names), next(cells), strict=True))
                 texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
@@ -363,7 +363,6 @@ def load_network(kind, choice, load, weights):
 
 
 # The stand-ins stay on the CPU, so that a GPU makes no difference.
-
 def open_autoencoder(config):
     if config.autoencoder != "linear":
         return load_network("kl", config.autoencoder, load_vae, config.weights)
@@ -381,7 +380,7 @@ def open_text_tower(config):
 
 
 def expect_same(path, made_of):
-    with reading(path, "an unfinished cache: name another --out"):
+    with reading(path, "a cache of these data: name another --out"):
         then = json.loads(path.read_text(encoding="utf-8"))
         if difference := same_data({key: then.get(key) for key in made_of}, made_of):
             raise UserError(f"{path} is of other data: {difference}; name another --out.")
@@ -482,9 +481,8 @@ def write_meta(folder, meta):
 
 
 def read_cache(folder):
-    """Open a finished cache; UserError for anything else.
-    It has meta, captions, autoencoder (a state dict, or empty), and by their files' names the
-    arrays, which stay on disk until indexed: text, train_moments, train_pairs, ..."""
+    """A finished cache, or UserError: meta, captions, autoencoder (a state dict, or empty), and by
+    their files' names the arrays, on disk until indexed: text, train_moments, train_pairs, ..."""
     folder = Path(folder)
     path, advice = folder / "meta.json", f"delete {folder} and prepare it again"
     with reading(path, f"a finished cache (run prepare_data.py, or {advice})"):
@@ -515,8 +513,8 @@ def same_data(meta, other):
 
 
 # ---- 5. public files ----
-# Name -> address, bytes, SHA-256 (COCO's are mirrors'). kl-f8.bin is Stable Diffusion 1.4's, most
-# likely U-ViT's and the paper's own: the later "ft-mse" and "ft-ema" have other decoders.
+# Name -> address, bytes, SHA-256. COCO's hashes are mirrors', its certificate lacks its name: so
+# http. kl-f8.bin is Stable Diffusion 1.4's, most likely the paper's: "ft-mse" has another decoder.
 FILES = json.loads((Path(__file__).parent / "assets/files.json").read_text())
 
 

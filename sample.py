@@ -81,7 +81,7 @@ def dpm_solver_pp_2m(predict_noise, zT: torch.Tensor, steps: int) -> torch.Tenso
 @torch.no_grad()
 def sample_latents(net, context, prompts, null_context, seeds, steps, guidance_scale):
     """Latents (B, C, H, W) float32, still multiplied by the latent scale.
-    Picture i has the prompt number prompts[i] (B,) of context (R, L, E), and seeds[i]."""
+    Picture i has row prompts[i] (B,) of context (R, L, E), and seeds[i]; null_context (L, E)."""
     config, device, w = net.config, context.device, guidance_scale
     shape = (config.channels, config.image_size, config.image_size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -174,12 +174,13 @@ def new_folder(candidates):
 def draw_files(pipeline, folder, captions, config):
     """Draw what is missing of 00000.png, ...: picture i has captions[i] and seed + i; the paths."""
     paths = [folder / f"{i:05d}.png" for i in range(len(captions))]
-    with writing(folder / "captions.txt", "w") as file:  # lines of name, tab, caption
-        for path, caption in zip(paths, captions):
-            file.write(f"{path.name}\t{' '.join(caption.split())}\n")
-    for batch in tqdm(torch.arange(len(paths)).split(config.batch_size), f"sampling {folder}"):
-        if all(paths[i].exists() for i in batch):
-            continue
+    batches = [batch for batch in torch.arange(len(paths)).split(config.batch_size)
+               if not all(paths[i].exists() for i in batch)]
+    if batches:
+        with writing(folder / "captions.txt", "w") as file:  # lines of name, tab, caption
+            for path, caption in zip(paths, captions):
+                file.write(f"{path.name}\t{' '.join(caption.split())}\n")
+    for batch in tqdm(batches, f"sampling {folder}"):
         seeds = [config.seed + i for i in batch.tolist()]
         texts = [captions[i] for i in batch]
         pictures = pipeline.draw(texts, seeds, config.steps, config.guidance_scale)

@@ -72,7 +72,7 @@ class Config(Constants):
     steps: Positive = 3300
     batch_size: Positive = 32  # pictures, over all GPUs
     grad_accum: Positive = 1  # batches per step
-    learning_rate: Unit = 3e-3  # U-ViT: 2e-4, for a million steps
+    learning_rate: Unit = 3e-3  # U-ViT: 2e-4, 1e6 steps
     warmup: Natural = 200  # steps from 0 to the full rate
     cooldown: Unit = 1.0  # share of the steps with a falling rate; U-ViT: 0
     beta: Annotated[float, 0, 0.9999] = 0.9  # both of AdamW's [U-ViT]
@@ -215,7 +215,7 @@ class Batches:
         return pictures, torch.where(dropped, 0, self.pairs[pair, 1])
 
     def read(self, index):
-        """This process's share of step index + 1: z0, eps, t and context of each batch."""
+        """Its share of step index + 1, batches: z0, eps (B, C, H, W), t (B,), context (B, L, E)."""
         config, device = self.config, self.device
         size = config.pictures_per_step
         pictures, texts = self.choose(index, size)
@@ -233,7 +233,7 @@ class Batches:
 
     def stream(self, first, last):
         """(step, its batches) for first..last; a thread reads one step ahead."""
-        cuda = self.device.type == "cuda"  # the reader starts on GPU 0
+        cuda = self.device.type == "cuda"  # not GPU 0 for all
         start = torch.cuda.set_device if cuda else None
         with ThreadPoolExecutor(1, "reader", start, (self.device,)) as reader:
             ahead = reader.submit(self.read, first - 1)
@@ -360,8 +360,7 @@ def print_facts(config, net, data, meta, precision):
            f"{window[0]} to {window[-1]}, {uvit.n_text} text blocks; {parameters:,} "
            f"parameters, {giga:.3f} G multiply-adds = {2 * giga:.3f} GFLOPs per image\n"
            f"{data.pictures:,} pictures, {len(data.pairs):,} captions; {config.steps:,} steps of "
-           f"{size}; {WORLD} x {device}, "
-           f"{precision}\ntext tower: {meta['text_tower']['about']}; "
+           f"{size}; {WORLD} x {device}, {precision}\ntext tower: {meta['text_tower']['about']}; "
            f"autoencoder: {meta['autoencoder']['about']}")
 
 
@@ -392,6 +391,8 @@ class Report:
 
     def load_state_dict(self, state):
         vars(self).update(state)
+        for values in (self.losses, self.norms):
+            values[:] = [value.to(self.device) for value in values]
         self.began -= self.seconds
 
     def restart_clock(self, step):
@@ -402,8 +403,8 @@ class Report:
 
     def measure(self, step, rate):
         """A line for log.csv, printed too; the loss is a mean over the steps since the last one."""
-        losses = torch.stack([loss.to(self.device) for loss in self.losses])
-        finite = torch.stack([norm.to(self.device) for norm in self.norms]).isfinite()
+        losses = torch.stack(self.losses)
+        finite = torch.stack(self.norms).isfinite()
         if WORLD > 1:
             dist.all_reduce(losses)
             losses /= WORLD
@@ -505,7 +506,7 @@ def load_run(path, config, parts, meta):
         if state["uvit"] != parts["model"].config:
             other = "architecture"
         for key in ("seed", "init_std", "sincos_positions", "beta", "weight_decay"):
-            if key in changed:  # too late
+            if key in changed:  # it can't change now
                 other = key
         if other:
             raise UserError(f"{path} was trained with another {other}; its own command is: "
@@ -543,12 +544,12 @@ def finish(config, folder, step, cache, device, stop):
     if step < config.steps:
         again = command("train.py", config, resume=True)
         return print0(f"Stopped at step {step:,}; resume with: {again}")
-    import evaluate  # not needed to read the method
+    import evaluate  # read it last
     path, prompt = str(folder / "last.pt"), cache.captions[cache.val_pairs[0, 1]]
     same = {"weights": config.weights, "guidance_scale": config.guidance_scale}
     scoring = evaluate.Config(path, config.data, steps=config.sample_steps, **same)
     drawing = sample.Config(path, prompt, **same)
-    print0(f"The run is whole and saved; to score it:\n  {command('evaluate.py', scoring)}")
+    print0(f"The run is whole and saved; it is scored by:\n  {command('evaluate.py', scoring)}")
     if config.score and cache.meta["dataset"] == "shapes" and not stop:
         evaluate.main(scoring)
     print0(f"Look at {folder / 'samples'}; then draw with:\n  {command('sample.py', drawing)}")

@@ -306,7 +306,7 @@ def test_a_picture_that_is_gone_is_drawn_again(quick):
 
 def test_one_evaluation_writes_a_folder_at_a_time(quick):
     quick(n=2)
-    with one_writer(folder_of()), pytest.raises(UserError, match="written by another process"):
+    with one_writer(folder_of()), pytest.raises(UserError, match="another process is writing runs/eval"):
         quick()
 
 

@@ -203,6 +203,18 @@ def test_counters_and_classifier_may_be_absent_but_nothing_else(tmp_path, weight
             load_inception(tmp_path / "wrong.pth")
 
 
+def test_features_are_computed_without_tensorfloat_32(weight_file, monkeypatch):
+    """Whatever training chose before, and whoever calls."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    net, seen = load_inception(weight_file), []
+    conv = net.conv
+    net.conv = lambda *args, **kwargs: seen.append(matmul.allow_tf32 or cudnn.allow_tf32) or \
+        conv(*args, **kwargs)
+    torch.set_float32_matmul_precision("high")
+    net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert seen and not any(seen)
+
+
 # ---- Frechet distance ----
 
 def random_gaussian(D: int, samples: int, seed: int):

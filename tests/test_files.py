@@ -302,7 +302,7 @@ def test_a_second_writer_is_refused_or_waits_and_a_lock_dies_with_its_process(ca
         process.join(5)
         assert not process.is_alive()
     assert start().wait(10)
-    with pytest.raises(UserError, match="run is being written by another process"):
+    with pytest.raises(UserError, match="another process is writing run: wait for it"):
         with one_writer("run"):
             pass
     waiting, patient = start(wait=True), start(wait=True)

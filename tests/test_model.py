@@ -327,8 +327,8 @@ def test_positions_that_start_as_waves_differ_from_each_other_and_are_learned(wi
     ("12 blocks: expected an odd number", dict(fusion="early", depth=12)),
     ("12 blocks: expected an odd number", dict(n_fuse=4)),
     ("fuse_shift=5: expected", dict(fuse_shift=5)),
-    ("fuse_shift=-5: expected at most n_image", dict(fuse_shift=-5)),
-    ("fuse_shift=1: expected at most n_image", dict(n_image=0, fuse_shift=1)),
+    ("fuse_shift=-5: expected ±4 at most", dict(fuse_shift=-5)),
+    ("fuse_shift=1: expected ±0 at most", dict(n_image=0, fuse_shift=1)),
     ("patch_size=2: expected a divisor of the latent's side, 31.", dict(image_size=31)),
     ("width=500: expected a multiple of 4 and of heads=8.", dict(width=500)),
     ("width=33: expected a multiple of 4 and of heads=3.", dict(width=33, heads=3))], ids=str)

@@ -209,6 +209,8 @@ def test_picture_i_has_caption_i_and_its_own_seed_and_whole_batches_are_drawn_on
     paths[3].unlink()
     draw_files(Drawer(), Path("."), PROMPTS, config)
     assert calls[3:] == calls[1:2] and paths[3].exists()
+    draw_files(Drawer(), Path("."), PROMPTS[:2], config)        # fewer: captions.txt keeps all
+    assert len(calls) == 4
     assert sorted(path.name for path in Path(".").iterdir()) == [
         *(path.name for path in paths), "captions.txt"]
     lines = Path("captions.txt").read_text(encoding="utf-8").splitlines()

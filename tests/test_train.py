@@ -103,7 +103,7 @@ def test_a_run_says_that_it_is_saved_before_it_is_scored(monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         train.main(tiny(steps=2, score=True))
     printed = capsys.readouterr().out
-    assert "whole and saved; to score it:" in printed
+    assert "whole and saved; it is scored by:" in printed
     assert " --checkpoint=out/run/last.pt --data=data/tiny --steps=2\n" in printed
 
 
@@ -169,7 +169,7 @@ def test_a_second_writer_of_a_run_is_refused():
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=False,
             env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
-    assert "out/run is being written by another process" in done.stderr
+    assert "another process is writing out/run: wait" in done.stderr
     train.main(tiny(steps=2, resume=True))
 
 
