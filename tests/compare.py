@@ -8,15 +8,17 @@
 
 Every 300 steps (100 of the easier task "what") the EMA draws the same held-out captions, 160 of
 them and 500 after the last step, from the same noise (picture i has seed i), and the detector of
-evaluate.py reads the pictures. So each run is a curve: the share that is right in everything, against steps or multiply-adds (3 for
-each of a forward pass, the text path included).
+evaluate.py reads the pictures. So each run is a curve: the share that is right in everything,
+against steps or multiply-adds (3 for each of a forward pass, the text path included). Of the
+network at its end where.py says in which blocks the text acts.
 
 Models are compared with early-concat, or with the first that is named, by runs of the same seed,
-which see the same batches and noise; intervals are of 95%, by Student's t over the seeds. Whole runs are not trained again, interrupted ones resume,
-and of two calls at a time each takes what the other has not begun. `until` ends a run at that step
-of the same schedule; a later call without it resumes.
+which see the same batches and noise; intervals are of 95%, by Student's t over the seeds. Whole
+runs are not trained again, interrupted ones resume, and of two calls at a time each takes what the
+other has not begun. `until` ends a run at that step of the same schedule; a later call without it
+resumes.
 
-    out/compare/TASK/MODEL-SEED/    curve.json; run/, as train.py leaves it; output.txt
+    out/compare/TASK/MODEL-SEED/    curve.json; where.json; run/, as train.py leaves it; output.txt
     TO/results.json                 all runs, those of other machines too, if they are there
     TO/work.png, positions.png, guidance.png
 """
@@ -49,7 +51,7 @@ import where
 from model import (Constants, FilePath, Positive, UserError, choose_device, count_multiply_adds,
                    one_writer, run, write_json, writing)
 from prepare_data import Scene, scene_of, unseen_scenes
-from sample import sample_latents
+from sample import Pipeline, sample_latents
 from vae import load_autoencoder, to_pictures
 
 CONCAT = {"fusion": "intermediate", "conditioning": "concat"}
@@ -190,28 +192,37 @@ def is_whole(config: Config, name: str, seed: int) -> bool:
     return max(steps, default=0) >= end_of(config, name)
 
 
+def is_looked_at(config: Config, name: str, seed: int) -> bool:
+    """Whether where.py has seen the network at its end."""
+    path = folder_of(config, name, seed) / "where.json"
+    return path.exists() and json.loads(path.read_text())["step"] >= end_of(config, name)
+
+
 def train_run(config: Config, name: str, seed: int):
     """Train one network, or resume it; KeyboardInterrupt if it was stopped before its end."""
     folder = folder_of(config, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     with one_writer(folder):
-        if is_whole(config, name, seed):
-            return
         path, choice = folder / "run", TASKS[config.task][1] | MODELS[name]
-        if not (path / "last.pt").exists():
-            shutil.rmtree(path, ignore_errors=True)     # it was stopped before its first step
-        every = EVERY[config.task]
-        constants = train.Config(
-            data=prepare(config.task), name=path.relative_to("out").as_posix(), seed=seed,
-            resume=path.exists(), draw_every=every, validate_every=every, save_every=every,
-            score=False, **choice)
-        facts = {"name": name, "seed": seed, "choice": choice, "steps": constants.steps,
-                 "batch_size": constants.batch_size * constants.grad_accum,
-                 "device": choose_device().type, "torch": torch.__version__}
-        examination = Examination(folder / "curve.json", facts, constants, end_of(config, name))
-        train.main(constants, examination.examine)
         if not is_whole(config, name, seed):
-            raise KeyboardInterrupt
+            if not (path / "last.pt").exists():
+                shutil.rmtree(path, ignore_errors=True)     # it was stopped before its first step
+            every = EVERY[config.task]
+            constants = train.Config(
+                data=prepare(config.task), name=path.relative_to("out").as_posix(), seed=seed,
+                resume=path.exists(), draw_every=every, validate_every=every, save_every=every,
+                score=False, **choice)
+            facts = {"name": name, "seed": seed, "choice": choice, "steps": constants.steps,
+                     "batch_size": constants.batch_size * constants.grad_accum,
+                     "device": choose_device().type, "torch": torch.__version__}
+            examination = Examination(folder / "curve.json", facts, constants,
+                                      end_of(config, name))
+            train.main(constants, examination.examine)
+            if not is_whole(config, name, seed):
+                raise KeyboardInterrupt
+        if not is_looked_at(config, name, seed):
+            cache = prepare_data.read_cache(prepare(config.task))
+            write_json(folder / "where.json", where.look(Pipeline(path / "last.pt"), cache, 64))
 
 
 def train_all(config: Config, runs: list[tuple[str, int]]):
@@ -277,12 +288,13 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
 
 
-def show_mean(values: list[float | None]) -> str:
+def show_mean(values: list[float | None], digits: int | None = None) -> str:
     """Mean and interval, if all runs reach the level: a mean of those that do would flatter."""
     if None in values:
         return f"{len(values) - values.count(None)} of {len(values)}"
     mean, half = interval(values)
-    digits = 4 if mean < 1 else 1 if mean < 1000 else 0
+    if digits is None:
+        digits = 4 if mean < 1 else 1 if mean < 1000 else 0
     return f"{mean:,.{digits}f} ± {half:,.{digits}f}".removesuffix(" ± inf")
 
 
@@ -309,7 +321,7 @@ def collect(to: Path) -> dict[str, list[dict]]:
         runs = {(run["name"], run["seed"]): run for run in kept.get(task, [])}
         for curve in Path("out/compare", task).glob("*/curve.json"):
             run = json.loads(curve.read_text())
-            found = curve.parent / "run" / "where" / "where.json"
+            found = curve.parent / "where.json"
             if found.exists():
                 run["where"] = json.loads(found.read_text())
             runs[run["name"], run["seed"]] = run
@@ -346,6 +358,34 @@ def print_tables(models: dict[str, list[dict]]):
     for table in filter(None, (means, differences, ways)):
         print()
         evaluate.print_table(table)
+
+
+def tables_of_look(look: dict) -> dict[str, dict[str, float]]:
+    """Title -> block -> figure, of a where.json."""
+    tables = {f"% of the text's benefit lost if hidden here, t = {t}":
+              {block: 100 * lost[i] for block, lost in look["lost_if_hidden"].items()}
+              for i, t in enumerate(look["t"])}
+    return tables | {"rank of attention from image to text": look["rank"],
+                     "the same, text's part alone": look["rank_text_alone"]}
+
+
+def print_looks(models: dict[str, list[dict]]):
+    """Where the networks use the text at their end, by block."""
+    looks = {name: [tables_of_look(run["where"]) for run in runs if "where" in run]
+             for name, runs in models.items()}
+    looks = {name: found for name, found in looks.items() if found}
+    blocks = sorted({int(block) for (look, *_) in looks.values()
+                     for block in look["the same, text's part alone"]})
+    for title in dict.fromkeys(title for (look, *_) in looks.values() for title in look):
+        rows = []
+        for name, found in looks.items():
+            row = {title: name, "seeds": str(len(found))}
+            for block in map(str, blocks):
+                values = [look[title][block] for look in found if block in look[title]]
+                row[f"block {block}"] = show_mean(values, 2) if values else ""
+            rows.append(row)
+        print()
+        evaluate.print_table(rows)
 
 
 def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
@@ -397,6 +437,7 @@ def report(config: Config, names: list[str]):
     if not models:
         raise UserError(f"no run of {', '.join(names)} is whole yet.")
     print_tables(models)
+    print_looks(models)
     draw_figures(models, to)
     print(f"\nMean ± half of its 95% interval over the seeds; of what not all reach, how many do. "
           f"All runs are in {to / 'results.json'}; look at the pictures next to it.")
@@ -438,10 +479,10 @@ def main(config: Config):
         return draw_sweep(Path(config.sweep), Path(config.to))
     if config.one:
         return train_run(config, name, int(seed))
-    runs = [(name, seed) for seed in range(config.seeds) for name in names
-            if not is_whole(config, name, seed)]
     if not config.report:
-        train_all(config, runs)
+        train_all(config, [
+            (name, seed) for seed in range(config.seeds) for name in names
+            if not (is_whole(config, name, seed) and is_looked_at(config, name, seed))])
     report(config, names)
 
 

@@ -49,15 +49,21 @@ def test_a_run_that_stops_early_and_resumes_has_the_curve_of_an_unbroken_one(tin
     assert compare.read_curve(folder("early-concat")) == unbroken[:2]
     checkpoint = torch.load(folder("early-concat") / "run" / "last.pt", weights_only=True)
     assert checkpoint["step"] == 5                      # nothing of it is lost
+    looked = folder("early-concat") / "where.json"
+    assert json.loads(looked.read_text())["step"] == 5
     compare.main(one)
     assert compare.read_curve(folder("early-concat")) == unbroken
     for curve in (folder("early-concat"), Path("apart")):
         facts = json.loads((curve / "curve.json").read_text())
         assert (facts["name"], facts["seed"], facts["batch_size"]) == ("early-concat", 0, 4)
         assert facts["choice"]["fusion"] == "early"
+    assert looked.read_text() == Path("apart/where.json").read_text()   # of step 6
 
     monkeypatch.setattr(train, "main", None)            # whole: not trained again
     compare.main(one)
+    looked.unlink()                                     # but looked at
+    compare.main(one)
+    assert looked.read_text() == Path("apart/where.json").read_text()
 
 
 def test_a_point_is_what_the_detector_reads_in_the_pictures_of_the_ema(tiny):
@@ -187,10 +193,13 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(tmp_path, c
             (folder(name, seed) / "curve.json").write_text(json.dumps(run_of(name, seed, *shares)))
     folder("shift+2").mkdir()
     (folder("shift+2") / "curve.json").write_text(json.dumps(run_of("shift+2", 0, 0.1)))
-    looked = folder("early-concat", 1) / "run" / "where" / "where.json"
-    looked.parent.mkdir(parents=True)
-    looked.write_text(json.dumps({"blocks": 9, "t": [100, 300, 500, 700, 900],
-                                  "lost_if_hidden": {str(i): 5 * [0.1 * i] for i in range(9)}}))
+    for name, window in (("early-concat", range(9)), ("shift-2", range(3))):
+        for seed in (0, 1):
+            shares = {str(i): [0.1 * i + 0.02 * seed] * 5 for i in window}
+            ranks = {str(i): 2 + i + seed for i in window}
+            (folder(name, seed) / "where.json").write_text(json.dumps(
+                {"step": 900, "blocks": 9, "t": [100, 300, 500, 700, 900], "lost_if_hidden": shares,
+                 "rank": ranks, "rank_text_alone": ranks}))
     elsewhere = run_of("text4", 5, 0.1)                 # trained on another machine
     Path("results").mkdir()
     Path("results/results.json").write_text(json.dumps({"shapes": [elsewhere], "small": []}))
@@ -210,6 +219,8 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(tmp_path, c
     rows = {tuple(cell.strip() for cell in line[1:4]) for line in lines}
     assert ("shift-2", "3", "97.0 ± 0.0") in rows
     assert ("intermediate-concat", "3", "+1.0 ± 0.0") in rows           # points
+    assert ("shift-2", "2", "1.00 ± 12.71") in rows                     # block 0, 0 and 2%
+    assert ("early-concat", "2", "2.50 ± 6.35") in rows                 # its rank, 2 and 3
     for run in results["shapes"]:
         (folder(run["name"], run["seed"]) / "curve.json").unlink(missing_ok=True)
     compare.main(config)                                # from results.json alone

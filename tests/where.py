@@ -82,7 +82,7 @@ def replaced_attention(net: UViT, attend):
 
 def hidden_text(net: UViT, blocks):
     """Inside, time and image see no text in these blocks."""
-    own = 1 + net.pos_embed.shape[1] - 1 - net.config.context_len
+    own = net.pos_embed.shape[1] - net.config.context_len            # time and image
 
     def attend(i, q, k, v):
         logits = q @ k.mT * q.shape[-1] ** -0.5                     # (B, h, Q, K)
@@ -94,7 +94,7 @@ def hidden_text(net: UViT, blocks):
 
 def watched_attention(net: UViT, watch):
     """Inside, watch(i, weights) gets the attention from image to text, (B, h, N, L), of block i."""
-    own = 1 + net.pos_embed.shape[1] - 1 - net.config.context_len
+    own = net.pos_embed.shape[1] - net.config.context_len            # time and image
 
     def attend(i, q, k, v):
         weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)      # (B, h, Q, K)
@@ -287,28 +287,32 @@ def read_pairs(pipeline: Pipeline, cache, number: int):
     return z0.to(pipeline.device), eps.to(pipeline.device), context
 
 
+@torch.no_grad()
+def look(pipeline: Pipeline, cache, pictures: int) -> dict:
+    """The knock-out, on so many held-out pictures, and the ranks, on a quarter of them."""
+    net, uvit = pipeline.net, pipeline.net.config
+    z0, eps, context = read_pairs(pipeline, cache, pictures)
+    few = max(1, len(z0) // 4)
+    t = torch.linspace(1, 1000, few).long().to(pipeline.device)
+    alpha_bar = noise_schedule().float().to(pipeline.device)
+    inputs = add_noise(z0[:few], eps[:few], t, alpha_bar), t, context[:few]
+    return {"step": pipeline.step, "fusion": uvit.fusion, "conditioning": uvit.conditioning,
+            "blocks": uvit.depth, "window": list(uvit.window), "text_blocks": uvit.n_text,
+            "pictures": len(z0), "t": LEVELS, **knock_out(net, z0, eps, context),
+            "rank": attention_ranks(net, *inputs),
+            "rank_text_alone": attention_ranks(net, *inputs, text_alone=True)}
+
+
 def main(config: Config):
     cache = read_cache(config.data)
     pipeline = Pipeline(config.checkpoint, config.weights)
-    net, uvit = pipeline.net, pipeline.net.config
+    uvit = pipeline.net.config
     latents = [uvit.channels, uvit.image_size, uvit.image_size]
     if latents != list(cache.meta["latent_shape"]):
         raise UserError(f"{config.checkpoint} was trained on latents {latents}, but --data="
                         f"{config.data} holds {cache.meta['latent_shape']}: name a cache like "
                         "its own.")
-    z0, eps, context = read_pairs(pipeline, cache, config.pictures)
-    result = {"checkpoint": config.checkpoint, "step": pipeline.step, "fusion": uvit.fusion,
-              "conditioning": uvit.conditioning, "blocks": uvit.depth,
-              "window": list(uvit.window), "text_blocks": uvit.n_text,
-              "pictures": len(z0), "t": LEVELS, **knock_out(net, z0, eps, context)}
-
-    few = max(1, len(z0) // 4)
-    t = torch.linspace(1, 1000, few).long().to(pipeline.device)
-    alpha_bar = noise_schedule().float().to(pipeline.device)
-    inputs = add_noise(z0[:few], eps[:few], t, alpha_bar), t, context[:few]
-    result["rank"] = attention_ranks(net, *inputs)
-    result["rank_text_alone"] = attention_ranks(net, *inputs, text_alone=True)
-
+    result = {"checkpoint": config.checkpoint, **look(pipeline, cache, config.pictures)}
     prompt = config.prompt or cache.captions[cache.val_pairs[0, 1]]
     picture, maps = map_words(pipeline, prompt, config)
     words = [word for word, _ in find_words(prompt, uvit.context_len)]
