@@ -306,7 +306,8 @@ def test_a_picture_that_is_gone_is_drawn_again(quick):
 
 def test_one_evaluation_writes_a_folder_at_a_time(quick):
     quick(n=2)
-    with one_writer(folder_of()), pytest.raises(UserError, match="another process is writing runs/eval"):
+    told = pytest.raises(UserError, match="another process is writing runs/eval")
+    with one_writer(folder_of()), told:
         quick()
 
 
@@ -339,13 +340,15 @@ def test_eval_json_carries_its_whole_protocol(quick, weights, capsys):
     assert result == json.loads((folder_of() / "eval.json").read_text())
     protocol = result["protocol"]
     expected = {
-        "pictures": N, "captions": "first of each picture", "data": "data/coco", "steps": 2, "seed": 0,
-        "guidance_scale": 2, "sampler": "DPM-Solver++(2M), eps_uncond + w (eps_cond - eps_uncond)", "step": 1_000_000, "averaged": True,
+        "pictures": N, "captions": "first of each picture", "data": "data/coco", "steps": 2,
+        "seed": 0, "guidance_scale": 2, "step": 1_000_000, "averaged": True,
+        "sampler": "DPM-Solver++(2M), eps_uncond + w (eps_cond - eps_uncond)",
         "checkpoint": "runs/small.pth", "reference": "all held-out pictures of data/coco",
         "reference_sha256": sha256("data/coco/val_images.npy"),
         "inception_sha256": sha256("few.pth"), "clip_sha256": sha256(weights / CLIP)}
     assert expected.items() <= protocol.items()
-    assert protocol["trained_on"]["autoencoder"]["file"] == "kl-f8.bin" and "299" in protocol["resize"]
+    assert protocol["trained_on"]["autoencoder"]["file"] == "kl-f8.bin"
+    assert "299" in protocol["resize"]
     printed = capsys.readouterr().out
     assert "warning: not comparable with FID-30k" in printed
     row, ceiling, floor = rows_of(printed)
@@ -375,7 +378,8 @@ def test_several_checkpoints_stand_in_one_table_and_what_is_drawn_is_used_again(
     ({"guidance_scale": "two"}, "--guidance_scale=two"), ({"n": 1}, "--n=1: expected"),
     ({"guidance_scale": 1e308}, "--guidance_scale=1e+308"),
     ({"checkpoint": "runs/small.pth,no.pth"}, "no.pth is missing"),
-    ({"checkpoint": ""}, " is not a file"), ({"checkpoint": "runs"}, "runs is not a file")], ids=str)
+    ({"checkpoint": ""}, " is not a file"),
+    ({"checkpoint": "runs"}, "runs is not a file")], ids=str)
 def test_mistakes_are_answered_in_one_sentence(quick, changes, message):
     write_cache("data/larger", image_size=128)
     write_cache("data/own", dataset="folder")

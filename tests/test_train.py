@@ -185,7 +185,8 @@ def test_a_new_run_never_writes_over_an_old_one_and_says_where_it_is(capsys):
     train.main(tiny(steps=1))
     before = Path("out/run/last.pt").read_bytes()
     train.main(tiny(steps=1, seed=1))
-    assert "This run is out/run-2; to resume it: python train.py --data=data/tiny --name=run-2" in capsys.readouterr().out
+    told = "This run is out/run-2; to resume it: python train.py --data=data/tiny --name=run-2"
+    assert told in capsys.readouterr().out
     assert Path("out/run/last.pt").read_bytes() == before
     assert read_checkpoint("out/run-2/last.pt")["config"]["name"] == "run-2"
 
@@ -299,7 +300,8 @@ def test_training_lowers_the_held_out_loss_and_best_is_kept():
     lines = [line.split(",") for line in Path("out/run/log.csv").read_text().splitlines()]
     held_out = [float(line[-1]) for line in lines[1:] if line[-1]]
     assert len(held_out) == 3 and held_out[-1] < 0.9 * held_out[0]
-    assert read_checkpoint("out/run/best.pt")["report"]["best"] == pytest.approx(min(held_out), rel=1e-4)
+    best = read_checkpoint("out/run/best.pt")["report"]["best"]
+    assert best == pytest.approx(min(held_out), rel=1e-4)
 
 
 # ---- failures ----
@@ -408,7 +410,8 @@ def test_a_broken_compiler_costs_the_speed_and_not_the_run(monkeypatch, capsys):
         return fail
     monkeypatch.setattr(torch, "compile", broken)
     train.main(tiny(steps=2, compile="on"))
-    assert "torch.compile failed and is off (RuntimeError: no C compiler found)" in capsys.readouterr().out
+    told = "torch.compile failed and is off (RuntimeError: no C compiler found)"
+    assert told in capsys.readouterr().out
     assert read_checkpoint("out/run/last.pt")["step"] == 2
 
 
