@@ -360,13 +360,15 @@ def print_tables(models: dict[str, list[dict]]):
         evaluate.print_table(table)
 
 
+RANK = "rank of the attention from image to text"
+
+
 def tables_of_look(look: dict) -> dict[str, dict[str, float]]:
     """Title -> block -> figure, of a where.json."""
     tables = {f"% of the text's benefit lost if hidden here, t = {t}":
               {block: 100 * lost[i] for block, lost in look["lost_if_hidden"].items()}
               for i, t in enumerate(look["t"])}
-    return tables | {"rank of attention from image to text": look["rank"],
-                     "the same, text's part alone": look["rank_text_alone"]}
+    return tables | {RANK: look["rank"], "the same, text's part alone": look["rank_text_alone"]}
 
 
 def print_looks(models: dict[str, list[dict]]):
@@ -374,15 +376,15 @@ def print_looks(models: dict[str, list[dict]]):
     looks = {name: [tables_of_look(run["where"]) for run in runs if "where" in run]
              for name, runs in models.items()}
     looks = {name: found for name, found in looks.items() if found}
-    blocks = sorted({int(block) for (look, *_) in looks.values()
-                     for block in look["the same, text's part alone"]})
-    for title in dict.fromkeys(title for (look, *_) in looks.values() for title in look):
+    blocks = sorted({int(block) for (look, *_) in looks.values() for block in look[RANK]})
+    for title in next(iter(looks.values()), [{}])[0]:
         rows = []
         for name, found in looks.items():
             row = {title: name, "seeds": str(len(found))}
             for block in map(str, blocks):
                 values = [look[title][block] for look in found if block in look[title]]
-                row[f"block {block}"] = show_mean(values, 2) if values else ""
+                digits = 0 if title.startswith("%") else 2
+                row[f"block {block}"] = show_mean(values, digits) if values else ""
             rows.append(row)
         print()
         evaluate.print_table(rows)
