@@ -268,7 +268,8 @@ def measure(run: dict, step: int) -> dict[str, float | None]:
     """The figures of one run; those that are not "to" a level, at `step`. None: not reached."""
     point, figures = point_at(run, step), {}
     for kind in reversed(evaluate.KINDS):
-        figures[f"{kind}, %"] = point[kind] and 100 * point[kind]
+        if point[kind] is not None:                     # the task "what" has no relations
+            figures[f"{kind}, %"] = 100 * point[kind]
     for group in ("seen", "unseen"):
         share = point["scores"][group]["everything"]
         figures[f"{group}, %"] = share and 100 * share
@@ -397,7 +398,7 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
         steps = sorted(set.intersection(*steps))
         x = [work(runs[0], step) if against_work else step for step in steps]
         right = [[100 * point_at(run, step)["everything"] for step in steps] for run in runs]
-        line, = axes.plot(x, np.mean(right, axis=0), "o-", label=f"{name} ({len(runs)} seeds)")
+        line, = axes.plot(x, np.mean(right, axis=0), "o-", label=f"{name} (seeds: {len(runs)})")
         low, high = np.min(right, axis=0), np.max(right, axis=0)
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
     axes.set(xlabel="10^12 multiply-adds of training" if against_work else "training steps",
@@ -424,7 +425,7 @@ def draw_figures(models: dict[str, list[dict]], to: Path):
             shares = {block: np.mean([look["lost_if_hidden"][block] for look in looks], axis=0)
                       for block in looks[0]["lost_if_hidden"]}
             where.draw_heat_map(axes[0], shares, looks[0]["blocks"],
-                                f"{BASE}, text hidden here: % of its benefit lost")
+                                f"{BASE} (seeds: {len(looks)}), % lost if text is hidden here")
         figure.savefig(to / "positions.png", dpi=120)
 
 

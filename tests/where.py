@@ -213,7 +213,7 @@ def draw_heat_map(axes, shares: dict[int, list[float]], blocks: int, title: str)
     for (row, column), share in np.ndenumerate(table):
         if np.isfinite(share):
             colour = "white" if share > 0.6 else "black"
-            axes.text(column, row, f"{100 * share:.0f}", color=colour, ha="center", va="center")
+            axes.text(column, row, round(100 * share), color=colour, ha="center", va="center")
     axes.set(title=title, xlabel="block", ylabel="t", xticks=range(blocks))
     axes.set_yticks(range(len(LEVELS)), LEVELS)
 
