@@ -216,6 +216,7 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(tmp_path, c
     out = capsys.readouterr().out
     lines = [line.split("|") for line in out.splitlines() if line.startswith("|")]
     assert not any("shift+2" in line for line in out.splitlines())      # not whole
+    assert "relation" not in out                        # these runs have none
     rows = {tuple(cell.strip() for cell in line[1:4]) for line in lines}
     assert ("shift-2", "3", "97.0 ± 0.0") in rows
     assert ("intermediate-concat", "3", "+1.0 ± 0.0") in rows           # points
