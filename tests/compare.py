@@ -198,31 +198,36 @@ def is_looked_at(config: Config, name: str, seed: int) -> bool:
     return path.exists() and json.loads(path.read_text())["step"] >= end_of(config, name)
 
 
+def train_to_end(config: Config, name: str, seed: int, path: Path):
+    """Train one network in the folder `path`, or resume it; KeyboardInterrupt if it is stopped."""
+    if not (path / "last.pt").exists():
+        shutil.rmtree(path, ignore_errors=True)         # it was stopped before its first step
+    every, choice = EVERY[config.task], TASKS[config.task][1] | MODELS[name]
+    constants = train.Config(
+        data=prepare(config.task), name=path.relative_to("out").as_posix(), seed=seed,
+        resume=path.exists(), draw_every=every, validate_every=every, save_every=every,
+        score=False, **choice)
+    facts = {"name": name, "seed": seed, "choice": choice, "steps": constants.steps,
+             "batch_size": constants.batch_size * constants.grad_accum,
+             "device": choose_device().type, "torch": torch.__version__}
+    curve = path.parent / "curve.json"
+    examination = Examination(curve, facts, constants, end_of(config, name))
+    train.main(constants, examination.examine)
+    if not is_whole(config, name, seed):
+        raise KeyboardInterrupt
+
+
 def train_run(config: Config, name: str, seed: int):
-    """Train one network, or resume it; KeyboardInterrupt if it was stopped before its end."""
+    """Train one network to its end, and look at it there, unless that was done before."""
     folder = folder_of(config, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     with one_writer(folder):
-        path, choice = folder / "run", TASKS[config.task][1] | MODELS[name]
         if not is_whole(config, name, seed):
-            if not (path / "last.pt").exists():
-                shutil.rmtree(path, ignore_errors=True)     # it was stopped before its first step
-            every = EVERY[config.task]
-            constants = train.Config(
-                data=prepare(config.task), name=path.relative_to("out").as_posix(), seed=seed,
-                resume=path.exists(), draw_every=every, validate_every=every, save_every=every,
-                score=False, **choice)
-            facts = {"name": name, "seed": seed, "choice": choice, "steps": constants.steps,
-                     "batch_size": constants.batch_size * constants.grad_accum,
-                     "device": choose_device().type, "torch": torch.__version__}
-            examination = Examination(folder / "curve.json", facts, constants,
-                                      end_of(config, name))
-            train.main(constants, examination.examine)
-            if not is_whole(config, name, seed):
-                raise KeyboardInterrupt
+            train_to_end(config, name, seed, folder / "run")
         if not is_looked_at(config, name, seed):
+            pipeline = Pipeline(folder / "run" / "last.pt")
             cache = prepare_data.read_cache(prepare(config.task))
-            write_json(folder / "where.json", where.look(Pipeline(path / "last.pt"), cache, 64))
+            write_json(folder / "where.json", where.look(pipeline, cache, 64))
 
 
 def train_all(config: Config, runs: list[tuple[str, int]]):
