@@ -412,10 +412,18 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
     axes.legend()
 
 
+def window_of(run: dict) -> str:
+    """Such as "text in blocks 2 to 4", of a model with intermediate fusion."""
+    constants = train.Config(**run["choice"])
+    first = constants.n_image + constants.fuse_shift
+    return f"text in blocks {first} to {first + constants.n_fuse - 1}"
+
+
 def draw_figures(models: dict[str, list[dict]], to: Path):
     """work.png of the four models; positions.png, next to where the base uses the text."""
     four, positions = [{name: models[name] for name in GROUPS[group] if name in models}
                        for group in ("four", "positions")]
+    positions = {window_of(runs[0]): runs for runs in positions.values()}
     if len(four) > 1:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         draw_curves(figure.subplots(), four, against_work=True)
