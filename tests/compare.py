@@ -364,6 +364,27 @@ def print_tables(models: dict[str, list[dict]]):
     for table in filter(None, (means, differences, ways)):
         print()
         evaluate.print_table(table)
+    print_trend(models, steps[-1])
+
+
+def slopes_of(positions: dict[str, list[dict]], step: int) -> list[float]:
+    """Points right in everything for each block by which the window moves back, of each seed that
+    has all positions: the slope of the straight line through them."""
+    lines = {}
+    for runs in positions.values():
+        for run in runs:
+            shift, right = run["choice"].get("fuse_shift", 0), point_at(run, step)["everything"]
+            lines.setdefault(run["seed"], []).append((shift, 100 * right))
+    return [float(stats.linregress(*zip(*line)).slope)
+            for line in lines.values() if len(line) == len(positions)]
+
+
+def print_trend(models: dict[str, list[dict]], step: int):
+    positions = {name: models[name] for name in GROUPS["positions"] if name in models}
+    slopes = slopes_of(positions, step) if len(positions) > 2 else []
+    if slopes:
+        print(f"\nEach block by which the window moves back, right in everything at step {step:,}: "
+              f"{show_mean(slopes, 1)} points (seeds: {len(slopes)}).")
 
 
 RANK = "rank of the attention from image to text"

@@ -172,6 +172,13 @@ def test_a_position_is_named_by_the_blocks_that_see_the_text(name):
     assert compare.window_of(run_of(name, 0)) == f"text in blocks {window[0]} to {window[-1]}"
 
 
+def test_the_trend_is_the_slope_over_the_positions_of_each_whole_seed():
+    rights = {"shift-2": (0.9, 0.8), "intermediate-concat": (0.5, 0.8), "shift+2": (0.3, 0.4, 0.1)}
+    runs = {name: [run_of(name, seed, right) for seed, right in enumerate(shares)]
+            for name, shares in rights.items()}
+    assert compare.slopes_of(runs, 300) == pytest.approx([-15, -10])    # seed 2 has one alone
+
+
 def test_intervals_are_students():
     values = [3.0, 4.0, 4.5, 7.0, 2.0]
     mean, half = compare.interval(values)
