@@ -372,9 +372,9 @@ def slopes_of(positions: dict[str, list[dict]], step: int) -> list[float]:
     has all positions: the slope of the straight line through them."""
     lines = {}
     for runs in positions.values():
-        for run in runs:
-            shift, right = run["choice"].get("fuse_shift", 0), point_at(run, step)["everything"]
-            lines.setdefault(run["seed"], []).append((shift, 100 * right))
+        for each in runs:
+            shift, right = each["choice"].get("fuse_shift", 0), point_at(each, step)["everything"]
+            lines.setdefault(each["seed"], []).append((shift, 100 * right))
     return [float(stats.linregress(*zip(*line)).slope)
             for line in lines.values() if len(line) == len(positions)]
 
