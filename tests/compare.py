@@ -367,24 +367,25 @@ def print_tables(models: dict[str, list[dict]]):
     print_trend(models, steps[-1])
 
 
-def slopes_of(positions: dict[str, list[dict]], step: int) -> list[float]:
-    """Points right in everything for each block by which the window moves back, of each seed that
+def slopes_of(positions: dict[str, list[dict]], step: int, key: str) -> list[float]:
+    """How much this figure rises for each block by which the window moves back, for each seed that
     has all positions: the slope of the straight line through them."""
     lines = {}
     for runs in positions.values():
         for each in runs:
-            shift, right = each["choice"].get("fuse_shift", 0), point_at(each, step)["everything"]
-            lines.setdefault(each["seed"], []).append((shift, 100 * right))
+            shift, figure = each["choice"].get("fuse_shift", 0), point_at(each, step)[key]
+            lines.setdefault(each["seed"], []).append((shift, figure))
     return [float(stats.linregress(*zip(*line)).slope)
             for line in lines.values() if len(line) == len(positions)]
 
 
 def print_trend(models: dict[str, list[dict]], step: int):
     positions = {name: models[name] for name in GROUPS["positions"] if name in models}
-    slopes = slopes_of(positions, step) if len(positions) > 2 else []
-    if slopes:
-        print(f"\nEach block by which the window moves back, right in everything at step {step:,}: "
-              f"{show_mean(slopes, 1)} points (seeds: {len(slopes)}).")
+    rights = [100 * slope for slope in slopes_of(positions, step, "everything")]
+    losses = slopes_of(positions, step, "held_out_ema")
+    if len(positions) > 2 and rights:
+        print(f"\nEach block by which the window moves back ({len(rights)} seeds, step {step:,}): "
+              f"{show_mean(rights, 1)} points in everything, {show_mean(losses, 5)} in loss.")
 
 
 RANK = "rank of the attention from image to text"
