@@ -381,9 +381,11 @@ def slopes_of(positions: dict[str, list[dict]], step: int, key: str) -> list[flo
 
 def print_trend(models: dict[str, list[dict]], step: int):
     positions = {name: models[name] for name in GROUPS["positions"] if name in models}
+    if len(positions) < 3:
+        return
     rights = [100 * slope for slope in slopes_of(positions, step, "everything")]
     losses = slopes_of(positions, step, "held_out_ema")
-    if len(positions) > 2 and rights:
+    if rights:
         print(f"\nEach block by which the window moves back ({len(rights)} seeds, step {step:,}): "
               f"{show_mean(rights, 1)} points in everything, {show_mean(losses, 5)} in loss.")
 

@@ -172,12 +172,17 @@ def test_a_position_is_named_by_the_blocks_that_see_the_text(name):
     assert compare.window_of(run_of(name, 0)) == f"text in blocks {window[0]} to {window[-1]}"
 
 
-def test_the_trend_is_the_slope_over_the_positions_of_each_whole_seed():
+def test_the_trend_is_the_slope_over_the_positions_of_each_whole_seed(capsys):
     rights = {"shift-2": (0.9, 0.8), "intermediate-concat": (0.5, 0.8), "shift+2": (0.3, 0.4, 0.1)}
     runs = {name: [run_of(name, seed, right) for seed, right in enumerate(shares)]
             for name, shares in rights.items()}
     slopes = compare.slopes_of(runs, 300, "everything")
     assert slopes == pytest.approx([-0.15, -0.1])       # not of seed 2, which has one alone
+    compare.print_trend(runs, 300)
+    assert "(2 seeds, step 300): -12.5 ± 31.8 points" in capsys.readouterr().out
+    runs.pop("shift+2")
+    compare.print_trend(runs, 300)                      # no line through two positions
+    assert capsys.readouterr().out == ""
 
 
 def test_intervals_are_students():
