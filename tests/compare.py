@@ -48,8 +48,8 @@ import evaluate
 import prepare_data
 import train
 import where
-from model import (Constants, FilePath, Positive, UserError, choose_device, count_multiply_adds,
-                   one_writer, run, write_json, writing)
+from model import (Constants, FilePath, Positive, UserError, UViTConfig, choose_device,
+                   count_multiply_adds, one_writer, run, write_json, writing)
 from prepare_data import Scene, scene_of, unseen_scenes
 from sample import Pipeline, sample_latents
 from vae import load_autoencoder, to_pictures
@@ -439,8 +439,9 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
 def window_of(run: dict) -> str:
     """Such as "text in blocks 2 to 4", of a model with intermediate fusion."""
     constants = train.Config(**run["choice"])
-    first = constants.n_image + constants.fuse_shift
-    return f"text in blocks {first} to {first + constants.n_fuse - 1}"
+    places = {name: getattr(constants, name) for name in ("n_image", "n_fuse", "fuse_shift")}
+    window = UViTConfig(constants.fusion, constants.conditioning, **places).window
+    return f"text in blocks {window[0]} to {window[-1]}"
 
 
 def draw_figures(models: dict[str, list[dict]], to: Path):
