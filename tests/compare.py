@@ -420,6 +420,36 @@ def print_looks(models: dict[str, list[dict]]):
         evaluate.print_table(rows)
 
 
+def window_of(run: dict) -> range:
+    """The blocks that see the text."""
+    constants = train.Config(**run["choice"])
+    names = "depth", "n_image", "n_fuse", "fuse_shift"
+    places = {name: getattr(constants, name) for name in names}
+    return UViTConfig(constants.fusion, constants.conditioning, **places).window
+
+
+def print_forecast(models: dict[str, list[dict]]):
+    """How much early fusion uses the text in the blocks of each window: does that foretell which
+    window is best?"""
+    looks = [run["where"] for run in models.get(BASE, []) if "where" in run]
+    windows = [window_of(models[name][0]) for name in GROUPS["positions"] if name in models]
+    if not looks or len(windows) < 3:
+        return
+    rows = []
+    for key, title in ("lost_if_hidden", "lost if hidden"), ("kept_if_alone", "kept if alone"):
+        for i, t in enumerate(looks[0]["t"]):
+            shares = [[100 * np.mean([look[key][str(block)][i] for block in window])
+                       for window in windows] for look in looks]
+            row = {f"{BASE}, mean of these blocks": f"% {title}, t = {t}"}
+            for window, column in zip(windows, zip(*shares)):
+                row[f"{window[0]} to {window[-1]}"] = show_mean(list(column), 0)
+            firsts = [window[0] for window in windows]
+            slopes = [float(stats.linregress(firsts, share).slope) for share in shares]
+            rows.append(row | {"each block back": show_mean(slopes, 1)})
+    print()
+    evaluate.print_table(rows)
+
+
 def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
     """The share right in everything: mean of the seeds, and a band from lowest to highest."""
     for name, runs in models.items():
@@ -436,19 +466,10 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
     axes.legend()
 
 
-def window_of(run: dict) -> str:
-    """Such as "text in blocks 2 to 4", of a model with intermediate fusion."""
-    constants = train.Config(**run["choice"])
-    places = {name: getattr(constants, name) for name in ("n_image", "n_fuse", "fuse_shift")}
-    window = UViTConfig(constants.fusion, constants.conditioning, **places).window
-    return f"text in blocks {window[0]} to {window[-1]}"
-
-
 def draw_figures(models: dict[str, list[dict]], to: Path):
-    """work.png of the four models; positions.png, next to where the base uses the text."""
+    """work.png of the four models; positions.png and the base, next to where it uses the text."""
     four, positions = [{name: models[name] for name in GROUPS[group] if name in models}
                        for group in ("four", "positions")]
-    positions = {window_of(runs[0]): runs for runs in positions.values()}
     if len(four) > 1:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         draw_curves(figure.subplots(), four, against_work=True)
@@ -458,7 +479,12 @@ def draw_figures(models: dict[str, list[dict]], to: Path):
         panels = 2 if looks else 1
         figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
-        draw_curves(axes[-1], positions, against_work=False)
+        shown = positions | {BASE: models[BASE]} if BASE in models else positions
+        curves = {}
+        for runs in shown.values():
+            window = window_of(runs[0])
+            curves[f"text in blocks {window[0]} to {window[-1]}"] = runs
+        draw_curves(axes[-1], curves, against_work=False)
         if looks:
             shares = {block: np.mean([look["lost_if_hidden"][block] for look in looks], axis=0)
                       for block in looks[0]["lost_if_hidden"]}
@@ -479,6 +505,7 @@ def report(config: Config, names: list[str]):
         raise UserError(f"no run of {', '.join(names)} is whole yet.")
     print_tables(models)
     print_looks(models)
+    print_forecast(models)
     draw_figures(models, to)
     print(f"\nMean ± half of its 95% interval over the seeds; of what not all reach, how many do. "
           f"All runs are in {to / 'results.json'}; look at the pictures next to it.")

@@ -166,8 +166,9 @@ def test_work_counts_each_image_three_times_with_its_text():
 
 
 @pytest.mark.parametrize("first, name", [*enumerate(compare.GROUPS["positions"])])
-def test_a_position_is_named_by_the_blocks_that_see_the_text(first, name):
-    assert compare.window_of(run_of(name, 0)) == f"text in blocks {first} to {first + 2}"
+def test_the_window_of_a_run_is_the_blocks_that_see_the_text(first, name):
+    assert compare.window_of(run_of(name, 0)) == range(first, first + 3)
+    assert compare.window_of(run_of(compare.BASE, 0)) == range(9)
 
 
 def test_the_trend_is_the_slope_over_the_positions_of_each_whole_seed(capsys):
@@ -244,6 +245,22 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(tmp_path, c
         (folder(run["name"], run["seed"]) / "curve.json").unlink(missing_ok=True)
     compare.main(config)                                # from results.json alone
     assert capsys.readouterr().out == out
+
+
+def test_the_forecast_is_the_mean_over_the_blocks_of_each_window(capsys):
+    models = {name: [run_of(name, seed) for seed in (0, 1)]
+              for name in [compare.BASE, *compare.GROUPS["positions"]]}
+    for seed, run in enumerate(models[compare.BASE]):
+        lost = {str(i): [(9 - i) / 10 * (1 + seed)] for i in range(9)}  # 90, 80, ... 10%; doubled
+        run["where"] = {"t": [900], "lost_if_hidden": lost, "kept_if_alone": lost}
+    compare.print_forecast(models)
+    lost, kept = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert [cell.strip() for cell in lost.split("|")[1:-1]] == [
+        "% lost if hidden, t = 900", "120 ± 508", "105 ± 445", "90 ± 381", "75 ± 318", "60 ± 254",
+        "-15.0 ± 63.5"]
+    assert kept.split("|")[2:] == lost.split("|")[2:]
+    compare.print_forecast({name: models[name] for name in compare.GROUPS["positions"]})
+    assert capsys.readouterr().out == ""                # early fusion is not among them
 
 
 def test_a_sweep_is_drawn_from_the_folders_of_evaluate(tmp_path):
