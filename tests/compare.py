@@ -364,6 +364,7 @@ def print_tables(models: dict[str, list[dict]]):
     for table in filter(None, (means, differences, ways)):
         print()
         evaluate.print_table(table)
+    print_effects(models, steps[-1])
     print_trend(models, steps[-1])
 
 
@@ -388,6 +389,26 @@ def print_trend(models: dict[str, list[dict]], step: int):
     if rights:
         print(f"\nEach block by which the window moves back ({len(rights)} seeds, step {step:,}): "
               f"{show_mean(rights, 1)} points in everything, {show_mean(losses, 5)} in loss.")
+
+
+def print_effects(models: dict[str, list[dict]], step: int):
+    """Of the four models, two by two: what fusion changes, and what conditioning changes."""
+    names, rows = GROUPS["four"], []
+    figures = {name: {run["seed"]: measure(run, step) for run in models.get(name, [])}
+               for name in names}
+    seeds = sorted(set.intersection(*map(set, figures.values())))
+    for title, mine, base in (("intermediate less early", names[2:], names[:2]),
+                              ("cross_attention less concat", names[1::2], names[::2])):
+        row = {"mean of both pairs": title, "seeds": str(len(seeds))}
+        for key in figures[BASE][seeds[0]] if seeds else ():
+            values = [[[figures[name][seed][key] for name in pair] for pair in (mine, base)]
+                      for seed in seeds]
+            if None not in np.ravel(values):
+                row[key] = show_difference([*map(tuple, np.mean(values, axis=2))], key)
+        rows.append(row)
+    if seeds:
+        print()
+        evaluate.print_table(rows)
 
 
 RANK = "rank of the attention from image to text"
@@ -415,6 +436,8 @@ def print_looks(models: dict[str, list[dict]]):
                 values = [look[title][block] for look in found if block in look[title]]
                 digits = 0 if title.startswith("%") else 2
                 row[f"block {block}"] = show_mean(values, digits) if values else ""
+            if not title.startswith("%"):
+                row["mean"] = show_mean([np.mean([*look[title].values()]) for look in found], 2)
             rows.append(row)
         print()
         evaluate.print_table(rows)
@@ -431,23 +454,24 @@ def window_of(run: dict) -> range:
 def print_forecast(models: dict[str, list[dict]]):
     """How much early fusion uses the text in the blocks of each window: does that foretell which
     window is best?"""
-    looks = [run["where"] for run in models.get(BASE, []) if "where" in run]
     windows = [window_of(models[name][0]) for name in GROUPS["positions"] if name in models]
-    if not looks or len(windows) < 3:
-        return
-    rows = []
-    for key, title in ("lost_if_hidden", "lost if hidden"), ("kept_if_alone", "kept if alone"):
-        for i, t in enumerate(looks[0]["t"]):
-            shares = [[100 * np.mean([look[key][str(block)][i] for block in window])
-                       for window in windows] for look in looks]
-            row = {f"{BASE}, mean of these blocks": f"% {title}, t = {t}"}
-            for window, column in zip(windows, zip(*shares)):
-                row[f"{window[0]} to {window[-1]}"] = show_mean(list(column), 0)
-            firsts = [window[0] for window in windows]
-            slopes = [float(stats.linregress(firsts, share).slope) for share in shares]
-            rows.append(row | {"each block back": show_mean(slopes, 1)})
-    print()
-    evaluate.print_table(rows)
+    firsts = [window[0] for window in windows]
+    for name in ("early-concat", "early-cross"):
+        looks = [run["where"] for run in models.get(name, []) if "where" in run]
+        if not looks or len(windows) < 3:
+            continue
+        rows = []
+        for key, title in ("lost_if_hidden", "lost if hidden"), ("kept_if_alone", "kept if alone"):
+            for i, t in enumerate(looks[0]["t"]):
+                shares = [[100 * np.mean([look[key][str(block)][i] for block in window])
+                           for window in windows] for look in looks]
+                slopes = [float(stats.linregress(firsts, share).slope) for share in shares]
+                row = {f"{name}, mean of these blocks": f"% {title}, t = {t}"}
+                for window, column in zip(windows, zip(*shares)):
+                    row[f"{window[0]} to {window[-1]}"] = show_mean(column, 0)
+                rows.append(row | {"each block back": show_mean(slopes, 1)})
+        print()
+        evaluate.print_table(rows)
 
 
 def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
@@ -467,7 +491,7 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
 
 
 def draw_figures(models: dict[str, list[dict]], to: Path):
-    """work.png of the four models; positions.png and the base, next to where it uses the text."""
+    """work.png of the four models; positions.png, with the base, and where that uses the text."""
     four, positions = [{name: models[name] for name in GROUPS[group] if name in models}
                        for group in ("four", "positions")]
     if len(four) > 1:

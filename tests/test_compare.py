@@ -171,6 +171,23 @@ def test_the_window_of_a_run_is_the_blocks_that_see_the_text(first, name):
     assert compare.window_of(run_of(compare.BASE, 0)) == range(9)
 
 
+def test_effects_are_of_the_seeds_that_all_four_models_have(capsys):
+    rights = {"early-concat": (0.5, 0.6), "early-cross": (0.7, 0.8),
+              "intermediate-concat": (0.4, 0.3), "intermediate-cross": (0.6, 0.5, 0.9)}
+    models = {name: [run_of(name, seed, right) for seed, right in enumerate(shares)]
+              for name, shares in rights.items()}
+    compare.print_effects(models, 300)
+    title, _, fusion, conditioning = [
+        [cell.strip() for cell in line.split("|")[1:4]] for line in
+        capsys.readouterr().out.strip().splitlines()]
+    assert title == ["mean of both pairs", "seeds", "everything, %"]
+    assert fusion == ["intermediate less early", "2", "undecided (-20.0 ± 127.1)"]  # -10 and -30
+    assert conditioning == ["cross_attention less concat", "2", "+20.0 ± 0.0"]
+    del models["early-cross"]
+    compare.print_effects(models, 300)
+    assert capsys.readouterr().out == ""
+
+
 def test_the_trend_is_the_slope_over_the_positions_of_each_whole_seed(capsys):
     rights = {"shift-2": (0.9, 0.8), "intermediate-concat": (0.5, 0.8), "shift+2": (0.3, 0.4, 0.1)}
     runs = {name: [run_of(name, seed, right) for seed, right in enumerate(shares)]
