@@ -397,18 +397,19 @@ def print_effects(models: dict[str, list[dict]], step: int):
     figures = {name: {run["seed"]: measure(run, step) for run in models.get(name, [])}
                for name in names}
     seeds = sorted(set.intersection(*map(set, figures.values())))
+    if not seeds:
+        return
     for title, mine, base in (("intermediate less early", names[2:], names[:2]),
                               ("cross_attention less concat", names[1::2], names[::2])):
         row = {"mean of both pairs": title, "seeds": str(len(seeds))}
-        for key in figures[BASE][seeds[0]] if seeds else ():
+        for key in figures[BASE][seeds[0]]:
             values = [[[figures[name][seed][key] for name in pair] for pair in (mine, base)]
                       for seed in seeds]
             if None not in np.ravel(values):
                 row[key] = show_difference([*map(tuple, np.mean(values, axis=2))], key)
         rows.append(row)
-    if seeds:
-        print()
-        evaluate.print_table(rows)
+    print()
+    evaluate.print_table(rows)
 
 
 RANK = "rank of the attention from image to text"
@@ -456,9 +457,11 @@ def print_forecast(models: dict[str, list[dict]]):
     window is best?"""
     windows = [window_of(models[name][0]) for name in GROUPS["positions"] if name in models]
     firsts = [window[0] for window in windows]
+    if len(windows) < 3:
+        return
     for name in ("early-concat", "early-cross"):
         looks = [run["where"] for run in models.get(name, []) if "where" in run]
-        if not looks or len(windows) < 3:
+        if not looks:
             continue
         rows = []
         for key, title in ("lost_if_hidden", "lost if hidden"), ("kept_if_alone", "kept if alone"):
