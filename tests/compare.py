@@ -15,8 +15,8 @@ network at its end where.py says in which blocks the text acts.
 Models are compared with early-concat, or with the first that is named, by runs of the same seed,
 which see the same batches and noise; intervals are of 95%, by Student's t over the seeds. Whole
 runs are not trained again, interrupted ones resume, and of two calls at a time each takes what the
-other has not begun. `until` ends a run at that step of the same schedule; a later call without it
-resumes.
+other has not begun. `until` ends a run at that step of the same schedule, and is where the tables
+stand; a later call without it resumes. A run of the task "shapes" takes 12 to 90 minutes of a core.
 
     out/compare/TASK/MODEL-SEED/    curve.json; where.json; run/, as train.py leaves it; output.txt
     TO/results.json                 all runs, those of other machines too, if they are there
@@ -49,7 +49,7 @@ import prepare_data
 import train
 import where
 from model import (Constants, FilePath, Positive, UserError, UViTConfig, choose_device,
-                   count_multiply_adds, one_writer, run, write_json, writing)
+                   count_multiply_adds, one_writer, read_checkpoint, run, write_json, writing)
 from prepare_data import Scene, scene_of, unseen_scenes
 from sample import Pipeline, sample_latents
 from vae import load_autoencoder, to_pictures
@@ -182,25 +182,32 @@ def folder_of(config: Config, name: str, seed: int) -> Path:
 
 
 def end_of(config: Config, name: str) -> int:
-    """The step at which a run is whole."""
+    """The step at which a run is whole: a look, or the end of its schedule."""
     steps = (TASKS[config.task][1] | MODELS[name]).get("steps", train.Config.steps)
-    return min(config.until or steps, steps)
+    every = EVERY[config.task]
+    return min(math.ceil((config.until or steps) / every) * every, steps)
+
+
+def read_looks(folder: Path) -> list[dict]:
+    """What where.py saw in the network, at each end that the run has had."""
+    path = folder / "where.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def is_whole(config: Config, name: str, seed: int) -> bool:
-    steps = [point["step"] for point in read_curve(folder_of(config, name, seed))]
+    """Whether the run was trained to its end, and looked at there."""
+    steps = [look["step"] for look in read_looks(folder_of(config, name, seed))]
     return max(steps, default=0) >= end_of(config, name)
 
 
-def is_looked_at(config: Config, name: str, seed: int) -> bool:
-    """Whether where.py has seen the network at its end."""
-    path = folder_of(config, name, seed) / "where.json"
-    return path.exists() and json.loads(path.read_text())["step"] >= end_of(config, name)
+def step_of(path: Path) -> int:
+    """The step at which a run of train.py was saved; 0 if it never was."""
+    return read_checkpoint(path / "last.pt")["step"] if (path / "last.pt").exists() else 0
 
 
 def train_to_end(config: Config, name: str, seed: int, path: Path):
     """Train one network in the folder `path`, or resume it; KeyboardInterrupt if it is stopped."""
-    if not (path / "last.pt").exists():
+    if not step_of(path):
         shutil.rmtree(path, ignore_errors=True)         # it was stopped before its first step
     every, choice = EVERY[config.task], TASKS[config.task][1] | MODELS[name]
     constants = train.Config(
@@ -213,7 +220,7 @@ def train_to_end(config: Config, name: str, seed: int, path: Path):
     curve = path.parent / "curve.json"
     examination = Examination(curve, facts, constants, end_of(config, name))
     train.main(constants, examination.examine)
-    if not is_whole(config, name, seed):
+    if step_of(path) < end_of(config, name):
         raise KeyboardInterrupt
 
 
@@ -222,12 +229,13 @@ def train_run(config: Config, name: str, seed: int):
     folder = folder_of(config, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     with one_writer(folder):
-        if not is_whole(config, name, seed):
+        if is_whole(config, name, seed):
+            return
+        if step_of(folder / "run") < end_of(config, name):
             train_to_end(config, name, seed, folder / "run")
-        if not is_looked_at(config, name, seed):
-            pipeline = Pipeline(folder / "run" / "last.pt")
-            cache = prepare_data.read_cache(prepare(config.task))
-            write_json(folder / "where.json", where.look(pipeline, cache, 64))
+        pipeline = Pipeline(folder / "run" / "last.pt")
+        look = where.look(pipeline, prepare_data.read_cache(prepare(config.task)), 64)
+        write_json(folder / "where.json", [*read_looks(folder), look])
 
 
 def train_all(config: Config, runs: list[tuple[str, int]]):
@@ -326,10 +334,7 @@ def collect(to: Path) -> dict[str, list[dict]]:
     for task in TASKS:
         runs = {(run["name"], run["seed"]): run for run in kept.get(task, [])}
         for curve in Path("out/compare", task).glob("*/curve.json"):
-            run = json.loads(curve.read_text())
-            found = curve.parent / "where.json"
-            if found.exists():
-                run["where"] = json.loads(found.read_text())
+            run = json.loads(curve.read_text()) | {"where": read_looks(curve.parent)}
             runs[run["name"], run["seed"]] = run
         results[task] = [runs[key] for key in sorted(runs)]
     to.mkdir(parents=True, exist_ok=True)
@@ -338,10 +343,13 @@ def collect(to: Path) -> dict[str, list[dict]]:
     return results
 
 
-def print_tables(models: dict[str, list[dict]]):
+def looks_at(runs: list[dict], step: int) -> list[dict]:
+    """What where.py saw at this step, or one later, where a run is saved that ends early."""
+    return [look for run in runs for look in run["where"] if look["step"] - step in (0, 1)]
+
+
+def print_tables(models: dict[str, list[dict]], steps: list[int]):
     """The figures of each model's runs, what differs from the base, and the way there."""
-    steps = [{point["step"] for point in run["curve"]} for runs in models.values() for run in runs]
-    steps = sorted(set.intersection(*steps))
     first = BASE if BASE in models else next(iter(models))
     base = {run["seed"]: measure(run, steps[-1]) for run in models[first]}
     means, differences, ways = [], [], []
@@ -423,10 +431,9 @@ def tables_of_look(look: dict) -> dict[str, dict[str, float]]:
     return tables | {RANK: look["rank"], "the same, text's part alone": look["rank_text_alone"]}
 
 
-def print_looks(models: dict[str, list[dict]]):
-    """Where the networks use the text at their end, by block."""
-    looks = {name: [tables_of_look(run["where"]) for run in runs if "where" in run]
-             for name, runs in models.items()}
+def print_looks(models: dict[str, list[dict]], step: int):
+    """Where the networks use the text, by block."""
+    looks = {name: [*map(tables_of_look, looks_at(runs, step))] for name, runs in models.items()}
     looks = {name: found for name, found in looks.items() if found}
     blocks = sorted({int(block) for (look, *_) in looks.values() for block in look[RANK]})
     for title in next(iter(looks.values()), [{}])[0]:
@@ -452,7 +459,7 @@ def window_of(run: dict) -> range:
     return UViTConfig(constants.fusion, constants.conditioning, **places).window
 
 
-def print_forecast(models: dict[str, list[dict]]):
+def print_forecast(models: dict[str, list[dict]], step: int):
     """How much early fusion uses the text in the blocks of each window: does that foretell which
     window is best?"""
     windows = [window_of(models[name][0]) for name in GROUPS["positions"] if name in models]
@@ -460,7 +467,7 @@ def print_forecast(models: dict[str, list[dict]]):
     if len(windows) < 3:
         return
     for name in ("early-concat", "early-cross"):
-        looks = [run["where"] for run in models.get(name, []) if "where" in run]
+        looks = looks_at(models.get(name, []), step)
         if not looks:
             continue
         rows = []
@@ -493,8 +500,9 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
     axes.legend()
 
 
-def draw_figures(models: dict[str, list[dict]], to: Path):
-    """work.png of the four models; positions.png, with the base, and where that uses the text."""
+def draw_figures(models: dict[str, list[dict]], to: Path, step: int):
+    """work.png of the four models; positions.png, with the base, and where that uses the text.
+    A curve goes as far as all its seeds do."""
     four, positions = [{name: models[name] for name in GROUPS[group] if name in models}
                        for group in ("four", "positions")]
     if len(four) > 1:
@@ -502,7 +510,7 @@ def draw_figures(models: dict[str, list[dict]], to: Path):
         draw_curves(figure.subplots(), four, against_work=True)
         figure.savefig(to / "work.png", dpi=120)
     if len(positions) > 1:
-        looks = [run["where"] for run in models.get(BASE, []) if "where" in run]
+        looks = looks_at(models.get(BASE, []), step)
         panels = 2 if looks else 1
         figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -530,10 +538,12 @@ def report(config: Config, names: list[str]):
             models[name] = whole
     if not models:
         raise UserError(f"no run of {', '.join(names)} is whole yet.")
-    print_tables(models)
-    print_looks(models)
-    print_forecast(models)
-    draw_figures(models, to)
+    steps = [{point["step"] for point in run["curve"]} for runs in models.values() for run in runs]
+    steps = [step for step in sorted(set.intersection(*steps)) if step <= end_of(config, names[0])]
+    print_tables(models, steps)
+    print_looks(models, steps[-1])
+    print_forecast(models, steps[-1])
+    draw_figures(models, to, steps[-1])
     print(f"\nMean ± half of its 95% interval over the seeds; of what not all reach, how many do. "
           f"All runs are in {to / 'results.json'}; look at the pictures next to it.")
 
@@ -577,7 +587,7 @@ def main(config: Config):
     if not config.report:
         train_all(config, [
             (name, seed) for seed in range(config.seeds) for name in names
-            if not (is_whole(config, name, seed) and is_looked_at(config, name, seed))])
+            if not is_whole(config, name, seed)])
     report(config, names)
 
 

@@ -49,21 +49,22 @@ def test_a_run_that_stops_early_and_resumes_has_the_curve_of_an_unbroken_one(tin
     assert compare.read_curve(folder("early-concat")) == unbroken[:2]
     checkpoint = torch.load(folder("early-concat") / "run" / "last.pt", weights_only=True)
     assert checkpoint["step"] == 5                      # nothing of it is lost
-    looked = folder("early-concat") / "where.json"
-    assert json.loads(looked.read_text())["step"] == 5
+    assert [look["step"] for look in compare.read_looks(folder("early-concat"))] == [5]
     compare.main(one)
     assert compare.read_curve(folder("early-concat")) == unbroken
+    looks = compare.read_looks(folder("early-concat"))
+    assert [look["step"] for look in looks] == [5, 6]
+    assert looks[1:] == compare.read_looks(Path("apart"))
     for curve in (folder("early-concat"), Path("apart")):
         facts = json.loads((curve / "curve.json").read_text())
         assert (facts["name"], facts["seed"], facts["batch_size"]) == ("early-concat", 0, 4)
         assert facts["choice"]["fusion"] == "early"
-    assert looked.read_text() == Path("apart/where.json").read_text()   # of step 6
 
     monkeypatch.setattr(train, "main", None)            # whole: not trained again
     compare.main(one)
-    looked.unlink()                                     # but looked at
+    (folder("early-concat") / "where.json").unlink()    # but looked at
     compare.main(one)
-    assert looked.read_text() == Path("apart/where.json").read_text()
+    assert compare.read_looks(folder("early-concat")) == looks[1:]
 
 
 def test_a_point_is_what_the_detector_reads_in_the_pictures_of_the_ema(tiny):
@@ -149,7 +150,7 @@ def curve(*shares, every=300):
 
 def run_of(name, seed, *shares, multiply_adds=(10 ** 6, 10 ** 8)):
     return {"name": name, "seed": seed, "batch_size": 32, "multiply_adds": multiply_adds,
-            "choice": compare.MODELS.get(name, {}), "curve": curve(*shares)}
+            "choice": compare.MODELS.get(name, {}), "curve": curve(*shares), "where": []}
 
 
 def test_steps_to_a_level_lie_on_the_line_between_two_points():
@@ -221,10 +222,10 @@ def test_a_difference_whose_interval_holds_zero_is_undecided():
 
 
 def test_the_report_has_tables_pictures_and_every_curve_of_every_run(tmp_path, capsys):
-    for seed in (0, 1, 2):
-        for name, shares in (("early-concat", (0.5, 0.8 + seed / 100, 0.96)),
-                             ("intermediate-concat", (0.5, 0.8 + seed / 100, 0.97)),
-                             ("shift-2", (0.7, 0.9 + seed / 100, 0.97))):
+    for seed in (0, 1, 2):                              # the last point is later than `until`
+        for name, shares in (("early-concat", (0.5, 0.8 + seed / 100, 0.96, 0)),
+                             ("intermediate-concat", (0.5, 0.8 + seed / 100, 0.97, 0)),
+                             ("shift-2", (0.7, 0.9 + seed / 100, 0.97, 0))):
             folder(name, seed).mkdir(parents=True)
             (folder(name, seed) / "curve.json").write_text(json.dumps(run_of(name, seed, *shares)))
     folder("shift+2").mkdir()
@@ -233,9 +234,10 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(tmp_path, c
         for seed in (0, 1):
             shares = {str(i): [0.1 * i + 0.02 * seed] * 5 for i in window}
             ranks = {str(i): 2 + i + seed for i in window}
-            (folder(name, seed) / "where.json").write_text(json.dumps(
-                {"step": 900, "blocks": 9, "t": [100, 300, 500, 700, 900], "lost_if_hidden": shares,
-                 "rank": ranks, "rank_text_alone": ranks}))
+            look = {"step": 901, "blocks": 9, "t": [100, 300, 500, 700, 900],
+                    "lost_if_hidden": shares, "rank": ranks, "rank_text_alone": ranks}
+            later = look | {"step": 1500, "lost_if_hidden": {block: [9] * 5 for block in shares}}
+            (folder(name, seed) / "where.json").write_text(json.dumps([look, later]))
     elsewhere = run_of("text4", 5, 0.1)                 # trained on another machine
     Path("results").mkdir()
     Path("results/results.json").write_text(json.dumps({"shapes": [elsewhere], "small": []}))
@@ -246,7 +248,7 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(tmp_path, c
     assert len(results["shapes"]) == 11 and results["small"] == []
     kept = {(run["name"], run["seed"]): run for run in results["shapes"]}
     assert kept["text4", 5] == json.loads(json.dumps(elsewhere))
-    assert kept["early-concat", 1]["where"]["blocks"] == 9
+    assert [look["step"] for look in kept["early-concat", 1]["where"]] == [901, 1500]
     for picture in ("work.png", "positions.png"):
         assert Path("results", picture).stat().st_size > 10_000
     out = capsys.readouterr().out
@@ -269,14 +271,14 @@ def test_the_forecast_is_the_mean_over_the_blocks_of_each_window(capsys):
               for name in [compare.BASE, *compare.GROUPS["positions"]]}
     for seed, run in enumerate(models[compare.BASE]):
         lost = {str(i): [(9 - i) / 10 * (1 + seed)] for i in range(9)}  # 90, 80, ... 10%; doubled
-        run["where"] = {"t": [900], "lost_if_hidden": lost, "kept_if_alone": lost}
-    compare.print_forecast(models)
+        run["where"] = [{"step": 300, "t": [900], "lost_if_hidden": lost, "kept_if_alone": lost}]
+    compare.print_forecast(models, 300)
     lost, kept = capsys.readouterr().out.strip().splitlines()[-2:]
     assert [cell.strip() for cell in lost.split("|")[1:-1]] == [
         "% lost if hidden, t = 900", "120 ± 508", "105 ± 445", "90 ± 381", "75 ± 318", "60 ± 254",
         "-15.0 ± 63.5"]
     assert kept.split("|")[2:] == lost.split("|")[2:]
-    compare.print_forecast({name: models[name] for name in compare.GROUPS["positions"]})
+    compare.print_forecast({name: models[name] for name in compare.GROUPS["positions"]}, 300)
     assert capsys.readouterr().out == ""                # early fusion is not among them
 
 
