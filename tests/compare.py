@@ -39,6 +39,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -485,41 +486,42 @@ def print_forecast(models: dict[str, list[dict]], step: int):
 
 
 def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
-    """The share right in everything: mean of the seeds, and a band from lowest to highest."""
+    """The share right in everything, as far as all seeds go: their mean, and a band from lowest to
+    highest. The darker, the earlier the text enters; black: everywhere; dashed: cross-attention."""
     for name, runs in models.items():
+        choice, window = runs[0]["choice"], window_of(runs[0])
+        everywhere = choice["fusion"] == "early"
+        colour = "black" if everywhere else colormaps["viridis"](window[0] / 6)
+        dashes = "--" if choice["conditioning"] == "cross_attention" else "-"
+        label = f"{name}: text in blocks {window[0]} to {window[-1]} ({len(runs)} seeds)"
         steps = [{point["step"] for point in run["curve"]} for run in runs]
         steps = sorted(set.intersection(*steps))
         x = [work(runs[0], step) if against_work else step for step in steps]
         right = [[100 * point_at(run, step)["everything"] for step in steps] for run in runs]
-        line, = axes.plot(x, np.mean(right, axis=0), "o-", label=f"{name} (seeds: {len(runs)})")
+        axes.plot(x, np.mean(right, axis=0), "o" + dashes, color=colour, label=label)
         low, high = np.min(right, axis=0), np.max(right, axis=0)
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set(xlabel="10^12 multiply-adds of training" if against_work else "training steps",
              ylabel="right in everything, %", ylim=(0, 100))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small")
 
 
 def draw_figures(models: dict[str, list[dict]], to: Path, step: int):
-    """work.png of the four models; positions.png, with the base, and where that uses the text.
-    A curve goes as far as all its seeds do."""
-    four, positions = [{name: models[name] for name in GROUPS[group] if name in models}
-                       for group in ("four", "positions")]
+    """work.png of the four models and of the window at the front; positions.png, with the base, and
+    where that uses the text."""
+    four, positions = [{name: models[name] for name in group if name in models}
+                       for group in (GROUPS["four"] + ["shift-2"], [*GROUPS["positions"], BASE])]
     if len(four) > 1:
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = Figure(figsize=(7, 5), layout="constrained")
         draw_curves(figure.subplots(), four, against_work=True)
         figure.savefig(to / "work.png", dpi=120)
     if len(positions) > 1:
         looks = looks_at(models.get(BASE, []), step)
         panels = 2 if looks else 1
-        figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
+        figure = Figure(figsize=(7 * panels, 5), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
-        shown = positions | {BASE: models[BASE]} if BASE in models else positions
-        curves = {}
-        for runs in shown.values():
-            window = window_of(runs[0])
-            curves[f"text in blocks {window[0]} to {window[-1]}"] = runs
-        draw_curves(axes[-1], curves, against_work=False)
+        draw_curves(axes[-1], positions, against_work=False)
         if looks:
             shares = {block: np.mean([look["lost_if_hidden"][block] for look in looks], axis=0)
                       for block in looks[0]["lost_if_hidden"]}
