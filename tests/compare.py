@@ -361,11 +361,13 @@ def print_tables(models: dict[str, list[dict]], steps: list[int]):
         difference = {f"less {first}": name, "pairs": str(len(pairs))}
         for title in figures[runs[0]["seed"]]:
             both = [(mine[title], other[title]) for mine, other in pairs]
-            mean[title] = show_mean([each[title] for each in figures.values()])
+            digits = 1 if title.endswith(", %") else None
+            mean[title] = show_mean([each[title] for each in figures.values()], digits)
             difference[title] = show_difference(both, title)
         way = {"everything right, %, at step": name}
         for step in steps:
-            way[f"{step:,}"] = show_mean([100 * point_at(run, step)["everything"] for run in runs])
+            rights = [100 * point_at(run, step)["everything"] for run in runs]
+            way[f"{step:,}"] = show_mean(rights, 1)
         means.append(mean)
         ways.append(way)
         if pairs and name != first:
