@@ -1,8 +1,8 @@
 """Where should text meet the image? Networks trained alike, and what they draw along the way.
 
     python tests/compare.py                                     # the four models, five seeds
-    python tests/compare.py --models=positions --seeds=4 --until=2400
-    python tests/compare.py --models=positions --seeds=3 --task=what
+    python tests/compare.py --models=positions --seeds=4 --until=1200
+    python tests/compare.py --models=positions --seeds=4 --task=what --until=400
     python tests/compare.py --models=all --report --to=assets   # trains nothing: tables, figures
     python tests/compare.py --sweep=out/shapes/eval             # draws evaluations at several w
 
@@ -493,9 +493,9 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
     for name, runs in models.items():
         choice, window = runs[0]["choice"], window_of(runs[0])
         everywhere = choice["fusion"] == "early"
-        colour = "black" if everywhere else colormaps["viridis"](window[0] / 6)
+        colour = "black" if everywhere else colormaps["viridis"](0.1 + window[0] / 6)
         dashes = "--" if choice["conditioning"] == "cross_attention" else "-"
-        label = f"{name}: text in blocks {window[0]} to {window[-1]} ({len(runs)} seeds)"
+        label = f"{name}, {len(runs)} seeds: text in blocks {window[0]} to {window[-1]}"
         steps = [{point["step"] for point in run["curve"]} for run in runs]
         steps = sorted(set.intersection(*steps))
         x = [work(runs[0], step) if against_work else step for step in steps]
@@ -504,9 +504,10 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
         low, high = np.min(right, axis=0), np.max(right, axis=0)
         axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set(xlabel="10^12 multiply-adds of training" if against_work else "training steps",
-             ylabel="right in everything, %", ylim=(0, 100))
+             ylabel="right in everything, % (band: worst to best seed)", ylim=(0, 100))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small",
+                handlelength=3)
 
 
 def draw_figures(models: dict[str, list[dict]], to: Path, step: int):
@@ -528,7 +529,8 @@ def draw_figures(models: dict[str, list[dict]], to: Path, step: int):
             shares = {block: np.mean([look["lost_if_hidden"][block] for look in looks], axis=0)
                       for block in looks[0]["lost_if_hidden"]}
             where.draw_heat_map(axes[0], shares, looks[0]["blocks"],
-                                f"{BASE} (seeds: {len(looks)}), % lost if text is hidden here")
+                                f"{BASE}, {len(looks)} seeds, step {step:,}: "
+                                "% of benefit lost if text is hidden")
         figure.savefig(to / "positions.png", dpi=120)
 
 
