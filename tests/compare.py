@@ -402,6 +402,9 @@ def print_trend(models: dict[str, list[dict]], step: int):
               f"{show_mean(rights, 1)} points in everything, {show_mean(losses, 5)} in loss.")
 
 
+RANK = "rank of the attention from image to text"
+
+
 def print_effects(models: dict[str, list[dict]], step: int):
     """Of the four models, two by two: what fusion changes, and what conditioning changes."""
     names, rows = GROUPS["four"], []
@@ -410,6 +413,12 @@ def print_effects(models: dict[str, list[dict]], step: int):
     seeds = sorted(set.intersection(*map(set, figures.values())))
     if not seeds:
         return
+    shared = sorted(set.intersection(*(set(window_of(models[name][0])) for name in names)))
+    for name in names:
+        for each in models[name]:
+            ranks = [look["rank"][str(i)] for look in looks_at([each], step) for i in shared]
+            title = f"{RANK}, blocks {shared[0]} to {shared[-1]}"
+            figures[name][each["seed"]][title] = float(np.mean(ranks)) if ranks else None
     for title, mine, base in (("intermediate less early", names[2:], names[:2]),
                               ("cross_attention less concat", names[1::2], names[::2])):
         row = {"mean of both pairs": title, "seeds": str(len(seeds))}
@@ -421,9 +430,6 @@ def print_effects(models: dict[str, list[dict]], step: int):
         rows.append(row)
     print()
     evaluate.print_table(rows)
-
-
-RANK = "rank of the attention from image to text"
 
 
 def tables_of_look(look: dict) -> dict[str, dict[str, float]]:

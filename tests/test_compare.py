@@ -177,13 +177,21 @@ def test_effects_are_of_the_seeds_that_all_four_models_have(capsys):
               "intermediate-concat": (0.4, 0.3), "intermediate-cross": (0.6, 0.5, 0.9)}
     models = {name: [run_of(name, seed, right) for seed, right in enumerate(shares)]
               for name, shares in rights.items()}
+    for name, runs in models.items():
+        ranks = {str(i): 9 for i in range(9)} | dict.fromkeys("234", 4)
+        if name.startswith("intermediate"):
+            ranks = dict.fromkeys("234", 3)
+        for run in runs:
+            run["where"] = [{"step": 301, "rank": ranks}]
     compare.print_effects(models, 300)
     title, _, fusion, conditioning = [
-        [cell.strip() for cell in line.split("|")[1:4]] for line in
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in
         capsys.readouterr().out.strip().splitlines()]
-    assert title == ["mean of both pairs", "seeds", "everything, %"]
-    assert fusion == ["intermediate less early", "2", "undecided (-20.0 ± 127.1)"]  # -10 and -30
-    assert conditioning == ["cross_attention less concat", "2", "+20.0 ± 0.0"]
+    assert title[:3] == ["mean of both pairs", "seeds", "everything, %"]
+    assert fusion[:3] == ["intermediate less early", "2", "undecided (-20.0 ± 127.1)"]  # -10, -30
+    assert conditioning[:3] == ["cross_attention less concat", "2", "+20.0 ± 0.0"]
+    assert title[-1].endswith("blocks 2 to 4")          # which all four let see the text
+    assert [fusion[-1], conditioning[-1]] == ["-25.0% ± 0.0", "undecided (+0.0% ± 0.0)"]
     del models["early-cross"]
     compare.print_effects(models, 300)
     assert capsys.readouterr().out == ""
