@@ -208,7 +208,7 @@ def step_of(path: Path) -> int:
 
 def train_to_end(config: Config, name: str, seed: int, path: Path):
     """Train one network in the folder `path`, or resume it; KeyboardInterrupt if it is stopped."""
-    if not step_of(path):
+    if not (path / "last.pt").exists():
         shutil.rmtree(path, ignore_errors=True)         # it was stopped before its first step
     every, choice = EVERY[config.task], TASKS[config.task][1] | MODELS[name]
     constants = train.Config(
@@ -414,11 +414,11 @@ def print_effects(models: dict[str, list[dict]], step: int):
     if not seeds:
         return
     shared = sorted(set.intersection(*(set(window_of(models[name][0])) for name in names)))
+    rank = f"{RANK}, blocks {shared[0]} to {shared[-1]}"
     for name in names:
         for each in models[name]:
             ranks = [look["rank"][str(i)] for look in looks_at([each], step) for i in shared]
-            title = f"{RANK}, blocks {shared[0]} to {shared[-1]}"
-            figures[name][each["seed"]][title] = float(np.mean(ranks)) if ranks else None
+            figures[name][each["seed"]][rank] = float(np.mean(ranks)) if ranks else None
     for title, mine, base in (("intermediate less early", names[2:], names[:2]),
                               ("cross_attention less concat", names[1::2], names[::2])):
         row = {"mean of both pairs": title, "seeds": str(len(seeds))}
@@ -433,7 +433,7 @@ def print_effects(models: dict[str, list[dict]], step: int):
 
 
 def tables_of_look(look: dict) -> dict[str, dict[str, float]]:
-    """Title -> block -> figure, of a where.json."""
+    """Title -> block -> figure, of a look of where.py."""
     tables = {f"% of the text's benefit lost if hidden here, t = {t}":
               {block: 100 * lost[i] for block, lost in look["lost_if_hidden"].items()}
               for i, t in enumerate(look["t"])}

@@ -49,6 +49,7 @@ def test_a_run_that_stops_early_and_resumes_has_the_curve_of_an_unbroken_one(tin
     assert compare.read_curve(folder("early-concat")) == unbroken[:2]
     checkpoint = torch.load(folder("early-concat") / "run" / "last.pt", weights_only=True)
     assert checkpoint["step"] == 5                      # nothing of it is lost
+    saved = (folder("early-concat") / "run" / "last.pt").read_bytes()
     assert [look["step"] for look in compare.read_looks(folder("early-concat"))] == [5]
     compare.main(one)
     assert compare.read_curve(folder("early-concat")) == unbroken
@@ -59,6 +60,12 @@ def test_a_run_that_stops_early_and_resumes_has_the_curve_of_an_unbroken_one(tin
         facts = json.loads((curve / "curve.json").read_text())
         assert (facts["name"], facts["seed"], facts["batch_size"]) == ("early-concat", 0, 4)
         assert facts["choice"]["fusion"] == "early"
+
+    (folder("early-concat") / "run" / "last.pt").write_bytes(saved)     # killed before step 6 was
+    (folder("early-concat") / "where.json").unlink()                    # saved, after its point was
+    compare.main(one)
+    assert compare.read_curve(folder("early-concat")) == unbroken
+    assert compare.read_looks(folder("early-concat")) == looks[1:]
 
     monkeypatch.setattr(train, "main", None)            # whole: not trained again
     compare.main(one)
