@@ -516,9 +516,9 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
                 handlelength=3)
 
 
-def draw_figures(models: dict[str, list[dict]], to: Path, step: int):
+def draw_figures(models: dict[str, list[dict]], to: Path):
     """work.png of the four models and of the window at the front; positions.png, with the base, and
-    where that uses the text."""
+    where that uses the text, at the last step at which all its seeds were looked at."""
     four, positions = [{name: models[name] for name in group if name in models}
                        for group in (GROUPS["four"] + ["shift-2"], [*GROUPS["positions"], BASE])]
     if len(four) > 1:
@@ -526,7 +526,9 @@ def draw_figures(models: dict[str, list[dict]], to: Path, step: int):
         draw_curves(figure.subplots(), four, against_work=True)
         figure.savefig(to / "work.png", dpi=120)
     if len(positions) > 1:
-        looks = looks_at(models.get(BASE, []), step)
+        base = [run for run in models.get(BASE, []) if run["where"]]
+        step = min((run["where"][-1]["step"] for run in base), default=0)
+        looks = looks_at(base, step)
         panels = 2 if looks else 1
         figure = Figure(figsize=(7 * panels, 5), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -555,7 +557,7 @@ def report(config: Config, names: list[str]):
     print_tables(models, steps)
     print_looks(models, steps[-1])
     print_forecast(models, steps[-1])
-    draw_figures(models, to, steps[-1])
+    draw_figures(models, to)
     print(f"\nMean ± half of its 95% interval over the seeds; of what not all reach, how many do. "
           f"All runs are in {to / 'results.json'}; look at the pictures next to it.")
 

@@ -236,7 +236,9 @@ def test_a_difference_whose_interval_holds_zero_is_undecided():
     assert show([(80, None)], "steps") == show([], "steps") == ""
 
 
-def test_the_report_has_tables_pictures_and_every_curve_of_every_run(tmp_path, capsys):
+def test_the_report_has_tables_pictures_and_every_curve_of_every_run(monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(compare.where, "draw_heat_map", lambda *inputs: drawn.append(inputs[1:]))
     for seed in (0, 1, 2):                              # the last point is later than `until`
         for name, shares in (("early-concat", (0.5, 0.8 + seed / 100, 0.96, 0)),
                              ("intermediate-concat", (0.5, 0.8 + seed / 100, 0.97, 0)),
@@ -266,6 +268,8 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(tmp_path, c
     assert [look["step"] for look in kept["early-concat", 1]["where"]] == [901, 1500]
     for picture in ("work.png", "positions.png"):
         assert Path("results", picture).stat().st_size > 10_000
+    (shares, _, title), = drawn                         # as far as all its seeds go, not `until`
+    assert np.all(shares["8"] == 9) and "2 seeds, step 1,500" in title
     out = capsys.readouterr().out
     lines = [line.split("|") for line in out.splitlines() if line.startswith("|")]
     assert not any("shift+2" in line for line in out.splitlines())      # not whole
