@@ -501,9 +501,9 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
         everywhere = choice["fusion"] == "early"
         colour = "black" if everywhere else colormaps["viridis"](0.1 + window[0] / 6)
         dashes = "--" if choice["conditioning"] == "cross_attention" else "-"
-        label = f"{name}, {len(runs)} seeds: text in blocks {window[0]} to {window[-1]}"
         steps = [{point["step"] for point in run["curve"]} for run in runs]
         steps = sorted(set.intersection(*steps))
+        label = f"{name}, {window[0]} to {window[-1]}; {len(runs)} seeds, {steps[-1]:,} steps"
         x = [work(runs[0], step) if against_work else step for step in steps]
         right = [[100 * point_at(run, step)["everything"] for step in steps] for run in runs]
         axes.plot(x, np.mean(right, axis=0), "o" + dashes, color=colour, label=label)
@@ -513,7 +513,7 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
              ylabel="right in everything, % (band: worst to best seed)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small",
-                handlelength=3)
+                handlelength=3, title="model, blocks that see the text")
 
 
 def draw_figures(models: dict[str, list[dict]], to: Path):
@@ -534,11 +534,11 @@ def draw_figures(models: dict[str, list[dict]], to: Path):
         axes = figure.subplots(1, panels, squeeze=False)[0]
         draw_curves(axes[-1], positions, against_work=False)
         if looks:
-            shares = {block: np.mean([look["lost_if_hidden"][block] for look in looks], axis=0)
+            shares = {block: np.median([look["lost_if_hidden"][block] for look in looks], axis=0)
                       for block in looks[0]["lost_if_hidden"]}
             where.draw_heat_map(axes[0], shares, looks[0]["blocks"],
-                                f"{BASE}, {len(looks)} seeds, step {step:,}: "
-                                "% of benefit lost if text is hidden")
+                                f"{BASE}, median of {len(looks)} seeds, step {step:,}:\n"
+                                "% of the text's benefit lost if hidden in a block")
         figure.savefig(to / "positions.png", dpi=120)
 
 

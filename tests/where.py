@@ -214,7 +214,7 @@ def draw_heat_map(axes, shares: dict[int, list[float]], blocks: int, title: str)
         if np.isfinite(share):
             colour = "white" if share > 0.6 else "black"
             axes.text(column, row, round(100 * share), color=colour, ha="center", va="center")
-    axes.set(title=title, xlabel="block", ylabel="t", xticks=range(blocks))
+    axes.set(title=title, xlabel="block", ylabel="t (1,000: all noise)", xticks=range(blocks))
     axes.set_yticks(range(len(LEVELS)), LEVELS)
 
 
