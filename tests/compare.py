@@ -551,7 +551,11 @@ def report(config: Config, names: list[str]):
         if whole:
             models[name] = whole
     if not models:
-        raise UserError(f"no run of {', '.join(names)} is whole yet.")
+        raise UserError(f"no run of {', '.join(names)} has come to step "
+                        f"{end_of(config, names[0]):,}: train one, or give an earlier --until.")
+    if short := sorted({run["name"] for run in results} & {*names} - {*models}):
+        print(f"Left out, as no run has come to step {end_of(config, short[0]):,}: "
+              f"{', '.join(short)}.")
     steps = [{point["step"] for point in run["curve"]} for runs in models.values() for run in runs]
     steps = [step for step in sorted(set.intersection(*steps)) if step <= end_of(config, names[0])]
     print_tables(models, steps)

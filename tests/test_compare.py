@@ -119,7 +119,7 @@ def test_runs_are_shared_out_to_processes(tiny, monkeypatch):
         asked.append(line[2:])
         stdout.write("done\n")
     monkeypatch.setattr(compare.subprocess, "run", call)
-    with pytest.raises(UserError, match="no run of early-concat, notext is whole yet"):
+    with pytest.raises(UserError, match="no run of early-concat, notext has come to step 4"):
         compare.main(compare.Config(models="early-concat,notext", seeds=2, until=4, processes=1))
     assert asked == [[f"--one={name}-{seed}", "--task=shapes", "--until=4"]
                      for seed in (0, 1) for name in ("early-concat", "notext")]
@@ -272,7 +272,8 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(monkeypatch
     assert np.all(shares["8"] == 9) and "2 seeds, step 1,500" in title
     out = capsys.readouterr().out
     lines = [line.split("|") for line in out.splitlines() if line.startswith("|")]
-    assert not any("shift+2" in line for line in out.splitlines())      # not whole
+    assert not any("shift+2" in cell for line in lines for cell in line)        # not whole
+    assert "no run has come to step 900: shift+2, text4." in out
     assert "relation" not in out                        # these runs have none
     rows = {tuple(cell.strip() for cell in line[1:4]) for line in lines}
     assert ("shift-2", "3", "97.0 ± 0.0") in rows
