@@ -555,7 +555,7 @@ def report(config: Config, names: list[str]):
                         f"{end_of(config, names[0]):,}: train one, or give an earlier --until.")
     if short := sorted({run["name"] for run in results} & {*names} - {*models}):
         print(f"Left out, as no run has come to step {end_of(config, short[0]):,}: "
-              f"{', '.join(short)}.")
+              f"{', '.join(short)}. An earlier --until has them.")
     steps = [{point["step"] for point in run["curve"]} for runs in models.values() for run in runs]
     steps = [step for step in sorted(set.intersection(*steps)) if step <= end_of(config, names[0])]
     print_tables(models, steps)
