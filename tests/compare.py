@@ -50,7 +50,8 @@ import prepare_data
 import train
 import where
 from model import (Constants, FilePath, Positive, UserError, UViTConfig, choose_device,
-                   count_multiply_adds, one_writer, read_checkpoint, run, write_json, writing)
+                   choose_precision, count_multiply_adds, one_writer, read_checkpoint, run,
+                   write_json, writing)
 from prepare_data import Scene, scene_of, unseen_scenes
 from sample import Pipeline, sample_latents
 from vae import load_autoencoder, to_pictures
@@ -217,7 +218,8 @@ def train_to_end(config: Config, name: str, seed: int, path: Path):
         score=False, **choice)
     facts = {"name": name, "seed": seed, "choice": choice, "steps": constants.steps,
              "batch_size": constants.batch_size * constants.grad_accum,
-             "device": choose_device().type, "torch": torch.__version__}
+             "device": choose_device().type, "torch": torch.__version__,
+             "precision": str(choose_precision(choose_device(), constants.precision))}
     curve = path.parent / "curve.json"
     examination = Examination(curve, facts, constants, end_of(config, name))
     train.main(constants, examination.examine)

@@ -14,7 +14,7 @@ import evaluate
 import prepare_data
 import sample
 import train
-from model import UserError, count_multiply_adds
+from model import UserError, choose_device, choose_precision, count_multiply_adds
 from prepare_data import scene_of, unseen_scenes
 
 
@@ -60,6 +60,7 @@ def test_a_run_that_stops_early_and_resumes_has_the_curve_of_an_unbroken_one(tin
         facts = json.loads((curve / "curve.json").read_text())
         assert (facts["name"], facts["seed"], facts["batch_size"]) == ("early-concat", 0, 4)
         assert facts["choice"]["fusion"] == "early"
+        assert facts["precision"] == str(choose_precision(choose_device()))
 
     (folder("early-concat") / "run" / "last.pt").write_bytes(saved)     # killed before step 6 was
     (folder("early-concat") / "where.json").unlink()                    # saved, after its point was
