@@ -3,7 +3,7 @@
     python tests/compare.py                                     # the four models, five seeds
     python tests/compare.py --models=positions --seeds=4 --until=1200
     python tests/compare.py --models=positions --seeds=4 --task=what --until=400
-    python tests/compare.py --models=all --report --to=assets   # trains nothing: tables, figures
+    python tests/compare.py --models=all --until=1200 --report --to=assets  # trains nothing
     python tests/compare.py --sweep=out/shapes/eval             # draws evaluations at several w
 
 Every 300 steps (100 of the easier task "what") the EMA draws the same held-out captions, 160 of
@@ -90,7 +90,7 @@ EVERY = {"shapes": 300, "what": 100, "S": 300}          # steps between two look
 
 @dataclass
 class Config(Constants):
-    models: str = "four"            # a group of them, or names, separated by commas
+    models: str = "four"            # four, positions, text, all; or names, separated by commas
     seeds: Positive = 5             # 0, 1, ...
     until: Positive | None = None   # stop at this step of the schedule; None: at its end
     task: Literal["shapes", "what", "S"] = "shapes"
@@ -505,7 +505,7 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
         dashes = "--" if choice["conditioning"] == "cross_attention" else "-"
         steps = [{point["step"] for point in run["curve"]} for run in runs]
         steps = sorted(set.intersection(*steps))
-        label = f"{name}, {window[0]} to {window[-1]}; {len(runs)} seeds, {steps[-1]:,} steps"
+        label = f"{name}, {window[0]} to {window[-1]}; {len(runs)} seeds, to step {steps[-1]:,}"
         x = [work(runs[0], step) if against_work else step for step in steps]
         right = [[100 * point_at(run, step)["everything"] for step in steps] for run in runs]
         axes.plot(x, np.mean(right, axis=0), "o" + dashes, color=colour, label=label)
