@@ -505,7 +505,7 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
         dashes = "--" if choice["conditioning"] == "cross_attention" else "-"
         steps = [{point["step"] for point in run["curve"]} for run in runs]
         steps = sorted(set.intersection(*steps))
-        label = f"{name}, {window[0]} to {window[-1]}; {len(runs)} seeds, to step {steps[-1]:,}"
+        label = f"{name}: {window[0]} to {window[-1]}; {len(runs)} seeds to {steps[-1]:,}"
         x = [work(runs[0], step) if against_work else step for step in steps]
         right = [[100 * point_at(run, step)["everything"] for step in steps] for run in runs]
         axes.plot(x, np.mean(right, axis=0), "o" + dashes, color=colour, label=label)
@@ -515,7 +515,7 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
              ylabel="right in everything, % (band: worst to best seed)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small",
-                handlelength=3, title="model, blocks that see the text")
+                handlelength=3, title="model: blocks that see the text; seeds, to this step")
 
 
 def draw_figures(models: dict[str, list[dict]], to: Path):
