@@ -515,7 +515,7 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
              ylabel="right in everything, % (band: worst to best seed)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small",
-                handlelength=3, title="model: blocks that see the text; seeds, to this step")
+                handlelength=3, title="model: blocks that see the text; seeds to a step")
 
 
 def draw_figures(models: dict[str, list[dict]], to: Path):
@@ -546,20 +546,20 @@ def draw_figures(models: dict[str, list[dict]], to: Path):
 
 def report(config: Config, names: list[str]):
     to, models = Path(config.to), {}
-    results = collect(to)[config.task]
+    results, end = collect(to)[config.task], end_of(config, names[0])
     for name in names:
         whole = [run for run in results if run["name"] == name
-                 and run["curve"][-1]["step"] >= end_of(config, name)]
+                 and run["curve"][-1]["step"] >= end]
         if whole:
             models[name] = whole
     if not models:
-        raise UserError(f"no run of {', '.join(names)} has come to step "
-                        f"{end_of(config, names[0]):,}: train one, or give an earlier --until.")
+        raise UserError(f"no run of {', '.join(names)} has come to step {end:,}: train one, "
+                        "or give an earlier --until.")
     if short := sorted({run["name"] for run in results} & {*names} - {*models}):
-        print(f"Left out, as no run has come to step {end_of(config, short[0]):,}: "
-              f"{', '.join(short)}. An earlier --until has them.")
+        print(f"Left out, as no run has come to step {end:,}: {', '.join(short)}. "
+              "An earlier --until has them.")
     steps = [{point["step"] for point in run["curve"]} for runs in models.values() for run in runs]
-    steps = [step for step in sorted(set.intersection(*steps)) if step <= end_of(config, names[0])]
+    steps = [step for step in sorted(set.intersection(*steps)) if step <= end]
     print_tables(models, steps)
     print_looks(models, steps[-1])
     print_forecast(models, steps[-1])
