@@ -103,8 +103,7 @@ class Attention(nn.Module):
         q, k, v = [self.split_heads(part) for part in self.qkv(x).chunk(3, dim=-1)]
         if text_kv is not None:
             text_k, text_v = [self.split_heads(part) for part in text_kv.chunk(2, dim=-1)]
-            k = torch.cat([k, text_k], dim=2)  # (B, h, S+L, D/h)
-            v = torch.cat([v, text_v], dim=2)
+            k, v = torch.cat([k, text_k], 2), torch.cat([v, text_v], 2)  # (B, h, S+L, D/h)
         return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, S, D)
 
 
@@ -131,7 +130,7 @@ class Block(nn.Module):
             self.skip_linear = nn.Linear(2 * width, width)
 
     def merge(self, x, skip):
-        """Merge (B, S, D) with a skip (B, S', D); text that only one of them has stays as it is."""
+        """Merge (B, S, D) with a skip (B, S', D); text that only x has stays, the skip's goes."""
         n = min(x.shape[1], skip.shape[1])
         merged = self.skip_linear(torch.cat([x[:, :n], skip[:, :n]], dim=-1))
         return torch.cat([merged.to(x.dtype), x[:, n:]], dim=1)  # stays float32 in autocast
@@ -552,14 +551,16 @@ def run(main, Config: type):
             return print(f"{inspect.getmodule(Config).__doc__}\nEdit a constant in the file, or "
                          f"override it with --key=value:\n\n{constants}")
         main(parse_arguments(Config, sys.argv[1:]))
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         sys.exit(" ".join(f"error: {error}".split()))
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except BrokenPipeError:  # our reader has gone, as `head` does
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
         sys.exit("error: out of memory: halve --batch_size (train.py: double --grad_accum, for "
                  f"the same steps), or take a smaller model ({error!r:.80})")
     except OSError as error:

@@ -19,7 +19,7 @@ Moments are cached, not samples of them. Killed at any point, the same command r
     preview.png, meta.json    look at it before you train; written last: what all is made of
 
 The shapes have three kinds and six colours, and are captioned by number ("one red circle and two
-blue squares") or place ("a red circle above a blue square"). A fixed tenth is never trained on.
+blue squares") or place ("a red circle above a blue square"). A fixed fifth is never trained on.
 """
 import csv
 import hashlib
@@ -30,7 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice, permutations
+from glob import glob
+from itertools import chain, islice, permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -202,7 +203,7 @@ def open_shapes(config, split):
 
 
 # ---- 2. your own pictures, and COCO ----
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+SUFFIXES = {*".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .ppm".split()}
 
 
 def read_picture(path):
@@ -211,11 +212,12 @@ def read_picture(path):
         image.load()
         with suppress(Exception):  # broken EXIF data cost no sound picture
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-        image = image.convert("RGBA")
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits a channel have no known range: save it with 8 or 16")
+        if image.mode.startswith("I;16"):  # grey, which Pillow would clip
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def open_pictures(config, captions, read):
@@ -240,8 +242,7 @@ def clean(text):
 def read_lines(path):
     with reading(path, "text in UTF-8, or UTF-16 with a byte-order mark"):
         data = path.read_bytes()
-        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        text = data.decode("utf-16" if utf16 else "utf-8-sig")
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if "\0" in text:
             raise ValueError("it has null characters")
         return text.split("\n")
@@ -252,7 +253,7 @@ def read_captions(folder):
     A .txt has a caption a line; a .jsonl and a .csv "file_name" and "text", one or, in .jsonl, a
     list of captions."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing: expected a folder of pictures.")
+        raise UserError(f"{folder} is no folder: expected one of pictures and captions.")
     tables, pairs, captions = [*folder.glob("[!.]*.jsonl"), *folder.glob("[!.]*.csv")], [], {}
     for path in sorted(tables):
         lines = [*filter(str.strip, read_lines(path))]
@@ -263,7 +264,7 @@ def read_captions(folder):
                 else:  # alone, or an open quote takes others
                     names, cells = csv.reader([lines[0]]), csv.reader([line], strict=True)
                     row = dict(zip(next(names), next(cells), strict=True))
-                texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
+                texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
                 pairs += [(Path(row["file_name"]).as_posix(), clean(text)) for text in texts]
     for name in list_pictures(folder):
         path = (folder / name).with_suffix(".txt")
@@ -276,10 +277,10 @@ def read_captions(folder):
 
 
 def list_pictures(folder):
-    """The names of the pictures in a folder and below it, except hidden ones."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))]
-    return [name for name in names if Path(name).suffix.lower() in SUFFIXES
-            and "/." not in f"/{name}"]
+    """The names of the pictures in a folder, below it and behind links, each once, none hidden."""
+    names = sorted(glob("**", root_dir=folder, recursive=True), reverse=True)
+    names = [Path(name).as_posix() for name in names if Path(name).suffix.lower() in SUFFIXES]
+    return sorted({(folder / name).resolve(): name for name in names}.values())
 
 
 def open_folder(config):
@@ -299,7 +300,7 @@ def open_folder(config):
         raise UserError(f"{folder} has {len(names)} sound pictures with captions: expected more "
                         f"than --val_images={count}.")
     names.sort(key=digest)  # never changes
-    splits = sorted(names[count:])[:config.train_images], sorted(names[:count])
+    splits = sorted(names[count:][:config.train_images]), sorted(names[:count])
     return [open_pictures(config, {folder / name: captions[name] for name in split}, read_picture)
             for split in splits]
 
@@ -339,12 +340,12 @@ def fill(path, count, compute):
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(batch.tobytes())
     with reading(path, "an array of an unfinished cache: delete it"):
-        return np.load(path, mmap_mode="c")
+        return np.load(path, mmap_mode="r")
 
 
 def measure_scale(moments):
     """The factor that gives the latents of up to 20,000 pictures a standard deviation of 1."""
-    moments = torch.from_numpy(moments[:20_000])
+    moments = torch.tensor(moments[:20_000])
     mean, _ = moments.chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     # for COCO expect about U-ViT's 0.23010; 0.18215 is Stable Diffusion's, of other pictures
@@ -395,13 +396,12 @@ def prepare(config, made_of, folder):
         open_split = open_shapes if config.dataset == "shapes" else open_coco
         train, val = open_split(config, "train"), open_split(config, "val")
     val.captions = [texts[:1] for texts in val.captions]
-    distinct = {text for texts in train.captions + val.captions for text in texts}
-    captions = sorted(distinct | {""})  # "" is the first
+    captions = sorted({"", *chain(*train.captions, *val.captions)})  # "" is the first
     N, M, L = len(train.captions), len(val.captions), config.context_len
 
     autoencoder, about = open_autoencoder(config)
     tower, about_text = open_text_tower(config)
-    made_of = made_of | {"autoencoder": about, "text_tower": about_text}
+    made_of = made_of | {"format": CACHE_FORMAT, "autoencoder": about, "text_tower": about_text}
     record = folder / ".preparing.json"
     if not any(folder.glob("[!.]*")):
         write_json(record, made_of)
@@ -423,7 +423,7 @@ def prepare(config, made_of, folder):
         with writing(folder / "autoencoder.npz") as file:
             np.savez(file, **autoencoder.state_dict())
     images = fill(folder / "val_images.npy", M, lambda part: val[part])
-    fill(folder / "val_moments.npy", M, lambda part: encode(images[part]))
+    fill(folder / "val_moments.npy", M, lambda part: encode(images[part].copy()))
     moments = fill(folder / "train_moments.npy", N, lambda part: encode(train[part]))
     # For COCO 53 GB, on an SSD; the tower in the training loop would be 14% more work at each step
     fill(folder / "text.npy", len(captions), encode_text)
@@ -434,13 +434,13 @@ def prepare(config, made_of, folder):
         pairs = [(i, row[text]) for i, texts in enumerate(source.captions) for text in texts]
         fill(folder / f"{split}_pairs.npy", len(pairs), np.array(pairs).__getitem__)
 
-    latents = torch.from_numpy(moments[:24]).chunk(2, dim=1)[0].to(device)
+    latents = torch.tensor(moments[:24]).chunk(2, dim=1)[0].to(device)
     decoded, texts = to_pictures(autoencoder.decode(latents)), train.captions[:24]
     with writing(folder / "preview.png") as file:
         draw_grid(decoded, [first for first, *_ in texts], columns=8).save(file, "PNG")
     scale = (LATENT_STD if linear else 1) * measure_scale(moments)
     write_meta(folder, made_of | {
-        "format": CACHE_FORMAT, "dataset": config.dataset, "image_size": config.image_size,
+        "dataset": config.dataset, "image_size": config.image_size,
         "latent_shape": latents.shape[1:], "latent_scale": scale})
 
 
@@ -468,7 +468,7 @@ def digest(content):
 
 
 def describe_file(path):
-    """The size and SHA-256 of a file; of COCO's arrays, up to 53 GB, the size alone."""
+    """The size and SHA-256 of a file; from 256 MB (COCO's have up to 53 GB) the size alone."""
     size = path.stat().st_size if path.is_file() else -1
     return [size, sha256(path) if 0 <= size < 2 ** 28 else None]
 
@@ -492,7 +492,7 @@ def read_cache(folder):
     for name, facts in meta["files"].items():
         if describe_file(folder / name) != facts:
             raise UserError(f"{folder / name} is missing, damaged or of another cache: {advice}.")
-    arrays = {Path(name).stem: np.load(folder / name, mmap_mode="c")
+    arrays = {Path(name).stem: np.load(folder / name, mmap_mode="r")
               for name in meta["files"] if name != "captions.txt"}
     linear = arrays.pop("autoencoder", {}).items()
     autoencoder = {key: torch.from_numpy(array) for key, array in linear}

@@ -3,7 +3,7 @@
     python train.py                                 # captioned shapes; needs no data and no GPU
     python train.py --fusion=early --name=early     # the U-ViT baseline, from the same constants
     python train.py --resume                        # resume, exactly, after Ctrl-C or a crash
-    torchrun --standalone --nproc_per_node=4 train.py           # several GPUs
+    torchrun --standalone --nproc_per_node=gpu train.py         # all GPUs
 
 Edit a constant below and run again, or override it with --key=value. One step, as in `main`:
 
@@ -73,7 +73,7 @@ class Config(Constants):
     batch_size: Positive = 32  # pictures, over all GPUs
     grad_accum: Positive = 1  # batches per step
     learning_rate: Unit = 3e-3  # U-ViT: 2e-4, 1e6 steps
-    warmup: Natural = 200  # steps from 0 to the full rate
+    warmup: Natural = 200  # steps in which the rate rises from 0
     cooldown: Unit = 1.0  # share of the steps with a falling rate; U-ViT: 0
     beta: Annotated[float, 0, 0.9999] = 0.9  # both of AdamW's [U-ViT]
     weight_decay: Unit = 0.03  # of every parameter [U-ViT]
@@ -109,7 +109,7 @@ def compute_loss(net, alpha_bar, precision, z0, eps, t, context):
 
 
 def learning_rate(step, config):
-    """Linear warm-up, constant, then linear to 0 over the last `cooldown` of the steps."""
+    """Linear warm-up, times a linear fall to 0 over the last `cooldown` of the steps."""
     left, cooldown = config.steps - (step - 1), config.cooldown * config.steps
     rise = min(1.0, step / config.warmup) if config.warmup else 1.0
     fall = min(1.0, left / cooldown) if cooldown else 1.0
@@ -193,10 +193,9 @@ class Batches:
     def __init__(self, cache, config, device):
         self.config, self.device = config, device
         self.scale, self.shape = cache.meta["latent_scale"], cache.meta["latent_shape"]
-        self.moments = torch.from_numpy(cache.train_moments)  # on disk until indexed
-        self.text = torch.from_numpy(cache.text)
+        self.moments, self.text = cache.train_moments, cache.text  # on disk until indexed
         self.pictures = len(self.moments)
-        self.pairs = torch.from_numpy(cache.train_pairs)  # (K, 2): picture, text row
+        self.pairs = torch.tensor(cache.train_pairs)  # (K, 2): picture, text row
         number = self.pairs[:, 0].contiguous()  # ascending
         self.first_pair = torch.searchsorted(number, torch.arange(self.pictures + 1))
 
@@ -225,8 +224,8 @@ class Batches:
         t = (1000 * u ** config.t_power).ceil().clamp(1, 1000).long()
         batches = []
         for mine in torch.arange(size).view(config.grad_accum, WORLD, -1)[:, RANK]:
-            moments = self.moments[pictures[mine]].to(device)  # (B, 2C, H, W)
-            context = self.text[texts[mine]].to(device).float()  # (B, L, E)
+            moments = torch.tensor(self.moments[pictures[mine].numpy()]).to(device)  # (B, 2C, H, W)
+            context = torch.tensor(self.text[texts[mine].numpy()]).to(device).float()  # (B, L, E)
             z0 = self.scale * sample_latent(moments, noise[mine])
             batches.append((z0, eps[mine], t[mine], context))
         return batches
@@ -247,7 +246,7 @@ class HeldOut:
 
     def __init__(self, cache, config, alpha_bar, precision):
         self.alpha_bar, self.precision = alpha_bar, precision
-        pairs = torch.from_numpy(cache.val_pairs)[:500]
+        pairs = torch.tensor(cache.val_pairs[:500])
         pairs = pairs.repeat(math.ceil(100 / len(pairs)), 1)  # few: each at several t
         self.size = len(pairs)  # (size, 2): picture, text row
         generator = torch.Generator().manual_seed(0)
@@ -305,7 +304,7 @@ def any_process(stop):
 def open_data(config):
     """The cache, and a network's configuration that fits it. A first run makes the shapes."""
     missing = not Path(config.data, "meta.json").exists()
-    if RANK == 0 and missing and config.data == Config.data:
+    if RANK == 0 and missing and config.data == prepare_data.Config().out:
         prepare_data.main(prepare_data.Config())
     if WORLD > 1:
         dist.barrier()
@@ -374,15 +373,14 @@ def optional(what):
 
 
 class Report:
-    """How the run goes: loss, speed, held-out loss, log.csv. Only `measure` waits for a GPU."""
+    """How the run goes: loss, speed, held-out loss, log.csv. A GPU is only waited for at a line."""
     COLUMNS = ["step", "seconds", "loss", "learning_rate", "grad_norm", "images_per_second",
                "skipped", "held_out_raw", "held_out_ema"]
 
     def __init__(self, config, folder, device):
         self.config, self.folder, self.device = config, folder, device
-        self.best, self.skipped = math.inf, 0
-        self.began = time.perf_counter()
-        self.lines = [self.COLUMNS]
+        self.best, self.skipped, self.failed = math.inf, 0, 0
+        self.began, self.lines = time.perf_counter(), [self.COLUMNS]
         self.losses, self.norms = [], []  # since the last measurement
 
     def state_dict(self):
@@ -390,7 +388,7 @@ class Report:
         return {key: vars(self)[key] for key in "best skipped seconds lines losses norms".split()}
 
     def load_state_dict(self, state):
-        vars(self).update(state)
+        vars(self).update(state)  # under torchrun, of the first process
         for values in (self.losses, self.norms):
             values[:] = [value.to(self.device) for value in values]
         self.began -= self.seconds
@@ -411,13 +409,13 @@ class Report:
         loss = losses[losses.isfinite()].mean().item()  # waits for the device
         now, config = time.perf_counter(), self.config
         pace = (now - self.clock) / (step - self.step)
-        speed = config.pictures_per_step / pace
-        left = (config.steps - step) * pace / 60
+        speed, left = config.pictures_per_step / pace, (config.steps - step) * pace / 60
         self.skipped += (~finite).sum().item()
+        self.failed = 0 if finite.any() else self.failed + len(finite)
         skipped = f"  ({self.skipped} skipped: not finite)" if self.skipped else ""
         print0(f"step {step:,}/{config.steps:,}  loss {loss:.4f}  {speed:,.0f} images/s  "
                f"{left:,.0f} minutes left{skipped}")
-        if not finite.any() and self.skipped >= 10:
+        if self.failed >= 20:  # in float16 up to 16 find the scale
             lower = config.learning_rate / 3
             raise UserError("No step is finite any more. Resume with a lower rate: "
                             f"{command('train.py', config, resume=True, learning_rate=lower)}")
@@ -429,7 +427,7 @@ class Report:
         """Note the held-out losses; True if that of the EMA is the lowest so far."""
         print0(f"           held-out loss {raw:.4f}, of the EMA {ema:.4f}")
         self.lines[-1][-2:] = raw, ema
-        before, self.best = self.best, min(ema, self.best)
+        before, self.best = self.best, min(self.best, ema)
         return ema < before
 
     def write_log(self, step):
@@ -471,8 +469,8 @@ def open_run(config):
     """Yields (config, folder, stop) of a new run or of one to resume, and holds its lock.
     The first Ctrl-C, SIGTERM or closed terminal fills the list `stop`; the second raises."""
     folder, stop = Path("out", config.name), []
-    if folder == Path("out") or not folder.is_relative_to("out") or ".." in folder.parts:
-        raise UserError(f"--name={config.name}: expected a folder below out/.")
+    if Path("out") not in folder.parents or {"..", ","} & {*folder.parts, *config.name}:
+        raise UserError(f"--name={config.name}: expected a folder below out/, without a comma.")
     if config.resume and not folder.is_dir():
         raise UserError(f"{folder} is missing: --name says which run in out/ to resume.")
     if not config.resume and RANK == 0:
@@ -530,7 +528,7 @@ def save_checkpoint(folder, parts, config, cache, name, step):
     checkpoint |= {"config": asdict(config), "uvit": asdict(parts["model"].config),
                    "meta": cache.meta, "latent_scale": cache.meta["latent_scale"],
                    "autoencoder": cache.autoencoder,
-                   "null_context": torch.from_numpy(cache.text[0])}
+                   "null_context": torch.tensor(cache.text[0])}
     content = io.BytesIO()  # torch.save hides what goes wrong
     torch.save(checkpoint, content)
     with writing(folder / name) as file:

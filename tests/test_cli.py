@@ -163,7 +163,11 @@ def test_what_the_machine_lacks_is_answered_in_one_line(monkeypatch, capsys):
             torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"):
                 MEMORY + r"(OutOfMemoryError('CUDA out of memory.\nTried to allocate 2 GiB'))",
             MemoryError("Unable to allocate 71 PiB"):
-                MEMORY + "(MemoryError('Unable to allocate 71 PiB'))"}.items():
+                MEMORY + "(MemoryError('Unable to allocate 71 PiB'))",
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"):     # torch's, on a CPU
+                MEMORY + """(RuntimeError("DefaultCPUAllocator: can't allocate memory"))""",
+            FloatingPointError("The autoencoder gave NaN."): "error: The autoencoder gave NaN.",
+            }.items():
         assert failing(error) == (1, line + "\n")
     stdout = sys.stdout
     assert failing(BrokenPipeError()) == (1, "")
@@ -171,6 +175,8 @@ def test_what_the_machine_lacks_is_answered_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", stdout)
     with pytest.raises(KeyError, match="a bug"):        # only mistakes of ours have a traceback
         failing(KeyError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        failing(RuntimeError("a bug"))
 
 
 # ---- help ----

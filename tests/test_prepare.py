@@ -277,6 +277,9 @@ def test_what_an_interrupted_call_left_is_only_kept_of_the_same_data(caches, mon
         Path("cut/train_moments.npy").write_bytes(damage)
         refused(lambda: prepare_data.main(small(out="cut")), "cut/train_moments.npy", "delete it")
     Path("cut/train_moments.npy").unlink()
+    with monkeypatch.context() as context:              # another version made other arrays
+        context.setattr(prepare_data, "CACHE_FORMAT", "midfuse-cache-0")
+        refused(lambda: prepare_data.main(small(out="cut")), "cut", "format", "--out")
     prepare_data.main(small(out="cut"))
     same("cut", caches / "0")
 
@@ -420,6 +423,31 @@ def test_own_pictures_with_each_layout_of_captions(layout, capsys):
     assert "data/folder is complete" in capsys.readouterr().out
 
 
+def test_pictures_behind_links_are_seen_once_and_so_are_those_of_other_makers():
+    Path("mine/plain").mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    for i, name in enumerate(("mine/a.jfif", "mine/b.PPM", "mine/plain/c.png", "elsewhere/d.tif")):
+        draw(i).save(name, {"a": "JPEG"}.get(Path(name).stem))
+    Path("mine/e.heic").write_text("which Pillow alone does not read")
+    Path("mine/linked").symlink_to(Path("elsewhere").absolute())
+    Path("mine/latest").symlink_to("plain")
+    Path("mine/loop").symlink_to(".")
+    names = ["a.jfif", "b.PPM", "e.heic", "latest/c.png", "linked/d.tif"]
+    assert prepare_data.list_pictures(Path("mine")) == names
+
+
+def test_a_part_of_the_pictures_is_of_all_folders(capsys):
+    for i in range(40):
+        name = Path("mine", "cats" if i < 20 else "dogs", f"{i}.png")
+        name.parent.mkdir(parents=True, exist_ok=True)
+        draw(i).save(name)
+        name.with_suffix(".txt").write_text(f"{name.parent.name} {i}")
+    few, more = [sum(prepare_data.open_folder(own(train_images=n))[0].captions, [])
+                 for n in (10, 20)]
+    assert {text.split()[0] for text in few} == {"cats", "dogs"}
+    assert len(few) == 10 and {*few} < {*more}
+
+
 @pytest.fixture
 def mine():
     """Five captioned pictures, and their cache."""
@@ -466,6 +494,8 @@ def test_rows_of_tables(name, content, captions):
     ("c.jsonl", '{"file_name": "1.png", "text": "a"}\n{', 2),
     ("c.jsonl", '{"file_name": 1, "text": "a"}', 1),
     ("c.jsonl", '{"file_name": "1.png", "text": [1]}', 1),
+    ("c.jsonl", '{"file_name": "1.png", "text": {"en": "a cat"}}', 1),
+    ("c.jsonl", '{"file_name": "1.png", "text": null}', 1),
     ("c.csv", "name,caption\n1.png,one\n", 1), ("c.csv", "file_name,text\n1.png\n", 2),
     ("c.csv", "text,file_name\na red apple, on a table,0.jpg\n", 2),
     ("c.csv", "file_name,text\n0.jpg,a red apple, on a table\n", 2),
@@ -490,7 +520,7 @@ def test_text_in_another_encoding_is_refused_by_its_name(content):
     ({"image_size": 40}, ["--image_size=40", "multiple of 32"]),
     ({"val_images": 1}, ["--val_images=1"]), ({"context_len": 1}, ["--context_len=1"]),
     ({"pictures": "x"}, ["--dataset=folder"]), ({"dataset": "folder"}, ["--pictures"]),
-    ({"dataset": "folder", "pictures": "nowhere"}, ["nowhere"]),
+    ({"dataset": "folder", "pictures": "nowhere"}, ["nowhere is no folder"]),
     ({"text_tower": "nowhere.bin"}, ["nowhere.bin is missing"]),
     ({"autoencoder": "."}, ["is not a file"])])
 def test_what_makes_no_sense_is_refused(changes, facts):
@@ -562,6 +592,9 @@ def test_what_is_no_picture_is_one_sentence_with_its_name(monkeypatch):
     os.mkfifo("pipe.png")
     for name in ("half.png", "text.png", "empty.png", "pipe.png", "missing.png"):
         refused(lambda: read_picture(name), name)
+    for kind in (np.float32, np.int32):                 # 0 to 1, or to 255? Pillow makes it black
+        Image.fromarray(np.ones((4, 4), dtype=kind)).save("wide.tif")
+        refused(lambda: read_picture("wide.tif"), "wide.tif", "32 bits", "8 or 16")
     draw(0).save("bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     refused(lambda: read_picture("bomb.png"), "bomb.png", "DecompressionBomb")
@@ -573,6 +606,16 @@ def test_the_crop_is_central_with_whole_pixels():
     for image in (Image.fromarray(pixels), Image.fromarray(pixels.transpose(1, 0, 2))):
         split = prepare_data.open_pictures(own(), {"a": ["text"]}, lambda name: image)
         assert (split.load(0) == 200).all()
+
+
+def test_an_array_that_is_larger_than_the_memory_can_be_read():
+    rows = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 ** 20
+    header = {"descr": "|u1", "fortran_order": False, "shape": (rows, 2 ** 20)}
+    with open("large.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + rows * 2 ** 20)     # a hole: takes no space
+    array = prepare_data.fill(Path("large.npy"), rows, None)
+    assert array.shape == (rows, 2 ** 20) and not array[-1].any()
 
 
 def test_an_array_that_does_not_fit_on_the_disk_is_not_begun(monkeypatch):

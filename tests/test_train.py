@@ -195,8 +195,8 @@ def test_a_new_run_never_writes_over_an_old_one_and_says_where_it_is(capsys):
 
 def test_accumulated_batches_equal_one_batch():
     train.main(tiny(name="one", batch_size=8))
-    train.main(tiny(name="four", batch_size=2, grad_accum=4))
-    assert close(weights("one"), weights("four"))
+    train.main(tiny(name="eight", batch_size=1, grad_accum=8))
+    assert close(weights("one"), weights("eight"))
 
 
 def test_two_processes_equal_one_with_the_same_batch():
@@ -304,6 +304,13 @@ def test_training_lowers_the_held_out_loss_and_best_is_kept():
     assert best == pytest.approx(min(held_out), rel=1e-4)
 
 
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best():
+    report = train.Report(tiny(), Path(), torch.device("cpu"))
+    losses = 0.5, float("nan"), 0.9, 0.8, 0.4
+    assert [report.judge(1.0, ema) for ema in losses] == [True, False, False, False, True]
+    assert report.best == 0.4
+
+
 # ---- failures ----
 
 def poison(monkeypatch, steps):
@@ -328,7 +335,13 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(monkeypatch, capsys):
     assert log[-1].split(",")[6] == "1"
 
 
-def test_ten_such_steps_in_a_row_stop_the_run_with_advice(monkeypatch):
+def test_a_run_goes_on_while_some_steps_are_finite(monkeypatch):
+    poison(monkeypatch, {step for step in range(100) if step % 4 == 0})
+    train.main(tiny(steps=90))
+    assert int(Path("out/run/log.csv").read_text().splitlines()[-1].split(",")[6]) > 10
+
+
+def test_twenty_such_steps_in_a_row_stop_the_run_with_advice(monkeypatch):
     train.main(tiny(steps=1))
     before = weights()
     poison(monkeypatch, set(range(1, 100)))
@@ -473,10 +486,18 @@ def test_drawing_is_not_training_time():
     ({"compile": "yes"}, "--compile=yes"), ({"data": "data/none"}, "prepare_data.py"),
     ({"resume": True}, "out/run is missing"),
     ({"n_fuse": 2}, "4 blocks: expected an odd number"), ({"seed": -1}, "seed=-1"),
-    ({"name": "/run"}, "below out/"), ({"sample_steps": 0}, "sample_steps=0")])
+    ({"name": "/run"}, "below out/"), ({"name": "."}, "below out/"), ({"name": "a/../b"}, "below"),
+    ({"name": "lr3e-3,bs32"}, "without a comma"), ({"sample_steps": 0}, "sample_steps=0")])
 def test_mistakes_are_answered_in_one_sentence(changes, words):
     with pytest.raises(UserError, match=words):
         train.main(tiny(**changes))
+
+
+def test_only_the_folder_of_the_shapes_is_filled_by_itself(monkeypatch):
+    monkeypatch.setattr(Config, "data", "data/mine")            # its constant is edited
+    monkeypatch.setattr(prepare_data, "main", lambda config: pytest.fail("shapes are drawn"))
+    with pytest.raises(UserError, match="data/mine/meta.json is missing"):
+        train.main(tiny(data="data/mine"))
 
 
 def test_the_whole_house_from_the_command_line():
