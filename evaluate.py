@@ -12,8 +12,8 @@ nothing else). "99 / 96" are % right of combinations seen in training / never se
     CLIP score  cosine x 100 between CLIP's features of a picture and of its caption    [CLIPScore]
 
 The FID is against all held-out pictures of the cache. The ceiling is the score of as many of these,
-the floor theirs with captions of others. What is drawn stays in out/NAME/eval/, to be used again,
-with scores and protocol in eval.json; out/NAME/eval.json is the latest.
+the floor theirs with captions of others. What is drawn stays in out/NAME/eval/, for the same code
+to use again, with scores and protocol in eval.json; out/NAME/eval.json is the latest.
 [FID] arXiv 1706.08500   [CLIP] arXiv 2103.00020   [CLIPScore] arXiv 2104.08718
 """
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +35,7 @@ from model import (Constants, FilePath, Natural, Size, UserError, choose_device,
                    choose_precision, load_frozen, one_writer, read_weights, reading, run,
                    sha256, weights_sha256, write_json)
 from prepare_data import (BACKGROUND, COLOURS, RELATIONS, digest, fetch, read_cache,
-                          read_picture, scene_of, unseen_scenes)
+                          read_picture, same_data, scene_of, unseen_scenes)
 from sample import GuidanceScale, Pipeline, SolverSteps, draw_files
 
 
@@ -364,8 +364,10 @@ def choose_prompts(cache, config):
 
 def evaluate_checkpoint(pipeline, config, captions, scorer, bounds, cache):
     """Draw and score; the latest eval.json is also the checkpoint's."""
-    step, w, weights = pipeline.step, config.guidance_scale, weights_sha256(pipeline.net)
-    made_of = digest([weights, cache.meta["files"]])[:8]
+    step, w = pipeline.step, config.guidance_scale
+    weights = [*map(weights_sha256, (pipeline.net, pipeline.autoencoder, pipeline.text_tower))]
+    code = [sha256(Path(__file__).with_name(name)) for name in ("model.py", "sample.py", "vae.py")]
+    made_of = digest([weights, code, cache.meta["files"]])[:8]
     home = Path(config.out or Path(config.checkpoint).parent)
     folder = home / f"eval/step{step}_{made_of}_w{w:.9g}_steps{config.steps}_seed{config.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -377,7 +379,7 @@ def evaluate_checkpoint(pipeline, config, captions, scorer, bounds, cache):
             "scores": scorer.score(scorer.embed(pictures), captions), "bounds": bounds,
             "protocol": asdict(config) | scorer.protocol | {
                 "pictures": len(paths), "captions": "first of each picture", "step": step,
-                "averaged": True, "weights_sha256": weights, "trained_on": pipeline.meta,
+                "averaged": True, "weights_sha256": weights[0], "trained_on": pipeline.meta,
                 "sampler": "DPM-Solver++(2M), eps_uncond + w (eps_cond - eps_uncond)",
                 "precision": str(choose_precision(pipeline.device)), "torch": torch.__version__}}
         write_json(folder / "eval.json", result)
@@ -405,19 +407,18 @@ def print_table(rows):
 
 def main(config: Config):
     cache = read_cache(config.data)
-    shapes = cache.meta["dataset"] == "shapes"
-    jobs = []
+    shapes, jobs = cache.meta["dataset"] == "shapes", []
     for path in config.checkpoint.split(","):
-        pipeline = Pipeline(path, config.weights)
-        if any(pipeline.meta.get(key) != cache.meta[key] for key in ("dataset", "image_size")):
+        pipeline = Pipeline(Path(path).expanduser(), config.weights)
+        if any(pipeline.meta.get(key) != cache.meta[key] for key in ("dataset", "image_size")) or (
+                cache.meta["dataset"] == "folder" and same_data(pipeline.meta, cache.meta)):
             raise UserError(f"{path} was not trained on pictures as in {config.data}: name --data.")
         jobs.append((pipeline, replace(config, checkpoint=path)))
     pictures, captions = choose_prompts(cache, config)
     scorer = SHAPES_SCORER if shapes else RealScorer(cache, config)
     bounds = score_bounds(scorer, cache, pictures, captions)
     results = [evaluate_checkpoint(*job, captions, scorer, bounds, cache) for job in jobs]
-    unit = "; % right of seen / unseen combinations" if shapes else ""
-    print(f"\n{len(captions):,} pictures{unit}\n")
+    print(f"\n{len(captions):,} pictures{'; % right of seen / unseen combinations' * shapes}\n")
     results += [{"name": name, "scores": scores} for name, scores in bounds.items()]
     print_table([format_row(result) for result in results])
     if not shapes and len(captions) < 30_000:

@@ -21,7 +21,8 @@ import sample
 from clip_text import CLIPText, tokenize
 from conftest import randomise
 from evaluate import CLIP, INCEPTION, PREFIX, CLIPImage, Config, choose_prompts
-from model import CHECKPOINT_FORMAT, UserError, UViT, UViTConfig, one_writer, sha256, writing
+from model import (CHECKPOINT_FORMAT, UserError, UViT, UViTConfig, describe_official, one_writer,
+                   sha256, writing)
 from sample import Pipeline
 from test_fid import random_weights
 from vae import KLAutoencoder
@@ -264,6 +265,20 @@ def test_samples_of_other_weights_or_captions_are_not_taken_for_ours(quick, draw
     assert len({*Path("runs/eval").glob("step*")}) == 3
 
 
+def test_pictures_of_another_autoencoder_or_of_edited_code_are_drawn_again(
+        quick, drawn, weights, monkeypatch):
+    first = quick(n=2)
+    shutil.copytree(weights, "others")
+    other = randomise(KLAutoencoder(32, (1, 2, 4, 4), 1), 9)
+    torch.save(other.state_dict(), "others/kl-f8.bin")
+    assert quick(n=2, weights="others")["scores"] != first["scores"] and len(drawn) == 2
+    assert quick(n=2)["scores"] == first["scores"] and len(drawn) == 2
+    monkeypatch.setattr(evaluate, "sha256", lambda path: (
+        "edited" if Path(path).name == "sample.py" else sha256(path)))
+    quick(n=2)
+    assert len(drawn) == 3
+
+
 class Killed(BaseException):
     pass
 
@@ -386,6 +401,21 @@ def test_mistakes_are_answered_in_one_sentence(quick, changes, message):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         quick(**changes)
     assert "\n" not in str(caught.value) and not Path("runs/eval.json").exists()
+
+
+def test_own_pictures_are_only_scored_on_the_data_that_the_checkpoint_was_trained_on(quick):
+    cache = {"dataset": "folder", "config": {"dataset": "folder", "val_images": N}}
+    write_cache("data/own", **cache)
+    official = torch.load("runs/small.pth", weights_only=True)
+    about = describe_official(official)
+    about |= {"uvit": dataclasses.asdict(about["uvit"]), "format": CHECKPOINT_FORMAT,
+              "model": official, "meta": prepare_data.read_cache("data/own").meta,
+              "null_context": torch.zeros(77, 64)}
+    torch.save(about, "runs/own.pt")
+    assert quick(checkpoint="runs/own.pt", data="data/own")["protocol"]["pictures"] == N
+    write_cache("data/leak", **cache | {"config": {"dataset": "folder", "val_images": N + 1}})
+    with pytest.raises(UserError, match="was not trained on pictures as in data/leak"):
+        quick(checkpoint="runs/own.pt", data="data/leak")   # its held-out ones may be trained on
 
 
 # ---- shapes ----
