@@ -3,7 +3,7 @@
     python tests/compare.py                                     # the four models, five seeds
     python tests/compare.py --models=positions --seeds=4 --until=1200
     python tests/compare.py --models=positions --seeds=4 --task=what --until=400
-    python tests/compare.py --models=all --until=1200 --report --to=assets  # trains nothing
+    python tests/compare.py --report=assets/results.json        # trains nothing: our runs
     python tests/compare.py --sweep=out/shapes/eval             # draws evaluations at several w
 
 Every 300 steps (100 of the easier task "what") the EMA draws the same held-out captions, 160 of
@@ -50,8 +50,8 @@ import prepare_data
 import train
 import where
 from model import (Constants, FilePath, Positive, UserError, UViTConfig, choose_device,
-                   choose_precision, count_multiply_adds, one_writer, read_checkpoint, run,
-                   write_json, writing)
+                   choose_precision, count_multiply_adds, one_writer, read_checkpoint, reading,
+                   run, write_json, writing)
 from prepare_data import Scene, scene_of, unseen_scenes
 from sample import Pipeline, sample_latents
 from vae import load_autoencoder, to_pictures
@@ -95,8 +95,8 @@ class Config(Constants):
     until: Positive | None = None   # stop at this step of the schedule; None: at its end
     task: Literal["shapes", "what", "S"] = "shapes"
     processes: Positive = 2         # runs at a time, with one thread each
-    report: bool = False            # True: train nothing
-    to: FilePath = "out/compare"    # folder of the report
+    report: FilePath | None = None  # train nothing: the runs of this results.json, and no others
+    to: FilePath = "out/compare"    # folder of pictures and results.json
     sweep: FilePath | None = None   # draw only this: a folder of evaluate.py's folders
     one: str | None = None          # train only this run, such as early-concat-0, in this process
 
@@ -340,7 +340,6 @@ def collect(to: Path) -> dict[str, list[dict]]:
             run = json.loads(curve.read_text()) | {"where": read_looks(curve.parent)}
             runs[run["name"], run["seed"]] = run
         results[task] = [runs[key] for key in sorted(runs)]
-    to.mkdir(parents=True, exist_ok=True)
     with writing(path, "w") as file:                    # a line for each run
         file.write(json.dumps(kept | results).replace('{"name"', '\n{"name"') + "\n")
     return results
@@ -546,7 +545,13 @@ def draw_figures(models: dict[str, list[dict]], to: Path):
 
 def report(config: Config, names: list[str]):
     to, models = Path(config.to), {}
-    results, end = collect(to)[config.task], end_of(config, names[0])
+    to.mkdir(parents=True, exist_ok=True)
+    if config.report:
+        with reading(config.report, "runs that this program wrote"):
+            results = json.loads(Path(config.report).read_text())[config.task]
+    else:
+        results = collect(to)[config.task]
+    end = end_of(config, names[0])
     for name in names:
         whole = [run for run in results if run["name"] == name
                  and run["curve"][-1]["step"] >= end]
@@ -565,7 +570,7 @@ def report(config: Config, names: list[str]):
     print_forecast(models, steps[-1])
     draw_figures(models, to)
     print(f"\nMean ± half of its 95% interval over the seeds; of what not all reach, how many do. "
-          f"All runs are in {to / 'results.json'}; look at the pictures next to it.")
+          f"All runs are in {config.report or to / 'results.json'}; look at the pictures in {to}.")
 
 
 def draw_sweep(folder: Path, to: Path):

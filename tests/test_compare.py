@@ -260,8 +260,8 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(monkeypatch
     Path("results").mkdir()
     Path("results/results.json").write_text(json.dumps({"shapes": [elsewhere], "small": []}))
 
-    config = compare.Config(models="all", until=900, report=True, to="results")
-    compare.main(config)
+    monkeypatch.setattr(compare, "train_all", lambda *_: None)
+    compare.main(compare.Config(models="all", until=900, to="results"))
     results = json.loads(Path("results/results.json").read_text())
     assert len(results["shapes"]) == 11 and results["small"] == []
     kept = {(run["name"], run["seed"]): run for run in results["shapes"]}
@@ -281,10 +281,19 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(monkeypatch
     assert ("intermediate-concat", "3", "+1.0 ± 0.0") in rows           # points
     assert ("shift-2", "2", "1 ± 13") in rows                           # block 0, 0 and 2%
     assert ("early-concat", "2", "2.50 ± 6.35") in rows                 # its rank, 2 and 3
-    for run in results["shapes"]:
-        (folder(run["name"], run["seed"]) / "curve.json").unlink(missing_ok=True)
-    compare.main(config)                                # from results.json alone
-    assert capsys.readouterr().out == out
+    for run in results["shapes"]:                       # what is here now is of others
+        if folder(run["name"], run["seed"]).exists():
+            (folder(run["name"], run["seed"]) / "curve.json").write_text("{}")
+    before = Path("results/results.json").read_bytes()
+    report = compare.Config(models="all", until=900, report="results/results.json", to="again")
+    monkeypatch.delattr(compare, "train_all")
+    compare.main(report)
+    assert capsys.readouterr().out == out.replace("pictures in results", "pictures in again")
+    assert Path("results/results.json").read_bytes() == before
+    assert {path.name for path in Path("again").iterdir()} == {"work.png", "positions.png"}
+    Path("results/results.json").write_text("[]")
+    with pytest.raises(UserError, match="results.json is damaged, or not runs"):
+        compare.main(report)
 
 
 def test_the_forecast_is_the_mean_over_the_blocks_of_each_window(capsys):
