@@ -57,12 +57,14 @@ from sample import Pipeline, sample_latents
 from vae import load_autoencoder, to_pictures
 
 CONCAT = {"fusion": "intermediate", "conditioning": "concat"}
+CROSS = {"fusion": "intermediate", "conditioning": "cross_attention"}
 MODELS = {      # name -> what differs from the constants of train.py
     "early-concat": {"fusion": "early", "conditioning": "concat"},
     "early-cross": {"fusion": "early", "conditioning": "cross_attention"},
     "intermediate-concat": CONCAT,
-    "intermediate-cross": {"fusion": "intermediate", "conditioning": "cross_attention"},
+    "intermediate-cross": CROSS,
     "shift-2": CONCAT | {"fuse_shift": -2},             # the window is at the front
+    "shift-2-cross": CROSS | {"fuse_shift": -2},
     "shift-1": CONCAT | {"fuse_shift": -1},
     "shift+1": CONCAT | {"fuse_shift": 1},
     "shift+2": CONCAT | {"fuse_shift": 2},
@@ -75,6 +77,8 @@ MODELS = {      # name -> what differs from the constants of train.py
 GROUPS = {
     "all": list(MODELS),
     "four": ["early-concat", "early-cross", "intermediate-concat", "intermediate-cross"],
+    "windows": ["early-concat", "early-cross", "intermediate-concat", "intermediate-cross",
+                "shift-2", "shift-2-cross"],
     "positions": ["shift-2", "shift-1", "intermediate-concat", "shift+1", "shift+2"],
     "text": ["notext", "intermediate-concat", "text1", "text4", "wide-notext", "wide-text2"]}
 TASKS = {       # name -> (constants of prepare_data.py, constants of train.py)
@@ -90,7 +94,7 @@ EVERY = {"shapes": 300, "what": 100, "S": 300}          # steps between two look
 
 @dataclass
 class Config(Constants):
-    models: str = "four"            # four, positions, text, all; or names, separated by commas
+    models: str = "four"            # four, windows, positions, text, all; or names with commas
     seeds: Positive = 5             # 0, 1, ...
     until: Positive | None = None   # stop at this step of the schedule; None: at its end
     task: Literal["shapes", "what", "S"] = "shapes"
@@ -407,30 +411,33 @@ RANK = "rank of the attention from image to text"
 
 
 def print_effects(models: dict[str, list[dict]], step: int):
-    """Of the four models, two by two: what fusion changes, and what conditioning changes."""
-    names, rows = GROUPS["four"], []
-    figures = {name: {run["seed"]: measure(run, step) for run in models.get(name, [])}
-               for name in names}
-    seeds = sorted(set.intersection(*map(set, figures.values())))
-    if not seeds:
-        return
-    shared = sorted(set.intersection(*(set(window_of(models[name][0])) for name in names)))
-    rank = f"{RANK}, blocks {shared[0]} to {shared[-1]}"
-    for name in names:
-        for each in models[name]:
-            ranks = [look["rank"][str(i)] for look in looks_at([each], step) for i in shared]
-            figures[name][each["seed"]][rank] = float(np.mean(ranks)) if ranks else None
-    for title, mine, base in (("intermediate less early", names[2:], names[:2]),
-                              ("cross_attention less concat", names[1::2], names[::2])):
+    """Of both ways of conditioning together: what the window changes, and what the way changes."""
+    names, rows, rank = GROUPS["windows"], [], f"{RANK}, in the blocks that both have"
+    early, bottleneck, front = names[:2], names[2:4], names[4:]
+    for title, mine, base in (("intermediate less early", bottleneck, early),
+                              ("front less early", front, early),
+                              ("front less intermediate", front, bottleneck),
+                              ("cross_attention less concat", names[1:4:2], names[:4:2])):
+        figures = {name: {run["seed"]: measure(run, step) for run in models.get(name, [])}
+                   for name in (*mine, *base)}
+        seeds = sorted(set.intersection(*map(set, figures.values())))
+        if not seeds:
+            continue
+        shared = set.intersection(*(set(window_of(models[name][0])) for name in figures))
+        for name in figures:
+            for each in models[name]:
+                ranks = [look["rank"][str(i)] for look in looks_at([each], step) for i in shared]
+                figures[name][each["seed"]][rank] = float(np.mean(ranks)) if ranks else None
         row = {"mean of both pairs": title, "seeds": str(len(seeds))}
-        for key in figures[BASE][seeds[0]]:
+        for key in figures[mine[0]][seeds[0]]:
             values = [[[figures[name][seed][key] for name in pair] for pair in (mine, base)]
                       for seed in seeds]
-            if None not in np.ravel(values):
-                row[key] = show_difference([*map(tuple, np.mean(values, axis=2))], key)
+            row[key] = "" if None in np.ravel(values) else show_difference(
+                [*map(tuple, np.mean(values, axis=2))], key)
         rows.append(row)
-    print()
-    evaluate.print_table(rows)
+    if rows:
+        print()
+        evaluate.print_table(rows)
 
 
 def tables_of_look(look: dict) -> dict[str, dict[str, float]]:
@@ -518,13 +525,13 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
 
 
 def draw_figures(models: dict[str, list[dict]], to: Path):
-    """work.png of the four models and of the window at the front; positions.png, with the base, and
+    """work.png of the windows everywhere, in the middle, in front; positions.png, with the base, and
     where that uses the text, at the last step at which all its seeds were looked at."""
-    four, positions = [{name: models[name] for name in group if name in models}
-                       for group in (GROUPS["four"] + ["shift-2"], [*GROUPS["positions"], BASE])]
-    if len(four) > 1:
+    windows, positions = [{name: models[name] for name in group if name in models}
+                          for group in (GROUPS["windows"], [*GROUPS["positions"], BASE])]
+    if len(windows) > 1:
         figure = Figure(figsize=(7, 5), layout="constrained")
-        draw_curves(figure.subplots(), four, against_work=True)
+        draw_curves(figure.subplots(), windows, against_work=True)
         figure.savefig(to / "work.png", dpi=120)
     if len(positions) > 1:
         base = [run for run in models.get(BASE, []) if run["where"]]

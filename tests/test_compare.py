@@ -180,7 +180,7 @@ def test_the_window_of_a_run_is_the_blocks_that_see_the_text(first, name):
     assert compare.window_of(run_of(compare.BASE, 0)) == range(9)
 
 
-def test_effects_are_of_the_seeds_that_all_four_models_have(capsys):
+def test_effects_are_of_the_seeds_that_all_their_models_have(capsys):
     rights = {"early-concat": (0.5, 0.6), "early-cross": (0.7, 0.8),
               "intermediate-concat": (0.4, 0.3), "intermediate-cross": (0.6, 0.5, 0.9)}
     models = {name: [run_of(name, seed, right) for seed, right in enumerate(shares)]
@@ -198,10 +198,21 @@ def test_effects_are_of_the_seeds_that_all_four_models_have(capsys):
     assert title[:3] == ["mean of both pairs", "seeds", "everything, %"]
     assert fusion[:3] == ["intermediate less early", "2", "undecided (-20.0 ± 127.1)"]  # -10, -30
     assert conditioning[:3] == ["cross_attention less concat", "2", "+20.0 ± 0.0"]
-    assert title[-1].endswith("blocks 2 to 4")          # which all four let see the text
+    assert title[-1].endswith("blocks that both have")          # 2, 3 and 4 of all four
     assert [fusion[-1], conditioning[-1]] == ["-25.0% ± 0.0", "undecided (+0.0% ± 0.0)"]
-    del models["early-cross"]
+    models |= {name: [run_of(name, 0, 0.95)] for name in ("shift-2", "shift-2-cross")}
+    ranks = {"0": 18, "1": 18, "2": 9}                          # early: 9, 9 and 4
+    models["shift-2"][0]["where"] = models["shift-2-cross"][0]["where"] = [
+        {"step": 301, "rank": ranks}]
     compare.print_effects(models, 300)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in capsys.readouterr().out.strip().splitlines()]
+    assert rows[2][:3] == fusion[:3] and rows[5][:3] == conditioning[:3]
+    assert rows[3][:3] == ["front less early", "1", "undecided (+35.0)"]
+    assert rows[4][:3] == ["front less intermediate", "1", "undecided (+45.0)"]
+    assert [row[-1] for row in rows[3:5]] == ["undecided (+104.5%)", "undecided (+200.0%)"]
+    assert {len(row) for row in rows} == {len(title)}
+    compare.print_effects({"early-cross": models["early-cross"]}, 300)
     assert capsys.readouterr().out == ""
 
 
