@@ -525,8 +525,8 @@ def draw_curves(axes, models: dict[str, list[dict]], against_work: bool):
 
 
 def draw_figures(models: dict[str, list[dict]], to: Path):
-    """work.png of the windows everywhere, in the middle, in front; positions.png, with the base, and
-    where that uses the text, at the last step at which all its seeds were looked at."""
+    """work.png of the windows everywhere, in the middle and in front; positions.png, with the base,
+    and where that uses the text, at the last step at which all its seeds were looked at."""
     windows, positions = [{name: models[name] for name in group if name in models}
                           for group in (GROUPS["windows"], [*GROUPS["positions"], BASE])]
     if len(windows) > 1:
