@@ -120,8 +120,8 @@ def fake_cache(config: UViTConfig, pictures: int = 1024) -> SimpleNamespace:
 # ---- 2. one model, timed ----
 
 def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -288,8 +288,8 @@ def main(config: Config):
     config.sample_batch = config.sample_batch or (64 if cuda else 8)
     peak = measure_peak(device, precision)
     torch.set_float32_matmul_precision("high")
-    threads = f"CPU, {torch.get_num_threads()} threads"
-    machine = {"device": torch.cuda.get_device_name() if cuda else threads,
+    other = f"{device.type}, {torch.get_num_threads()} threads"
+    machine = {"device": torch.cuda.get_device_name() if cuda else other,
                "torch": torch.__version__, "precision": str(precision).removeprefix("torch."),
                "peak_flops": peak}
     for key, value in (machine | asdict(config)).items():

@@ -19,7 +19,7 @@ other has not begun. `until` ends a run at that step of the same schedule, and i
 stand; a later call without it resumes. A run of the task "shapes" takes 12 to 90 minutes of a core.
 
     out/compare/TASK/MODEL-SEED/    curve.json; where.json; run/, as train.py leaves it; output.txt
-    TO/results.json                 all runs, those of other machines too, if they are there
+    TO/results.json                 all runs, also of other machines; of two alike the longer one
     TO/work.png, positions.png, guidance.png
 """
 import csv
@@ -110,6 +110,10 @@ class Config(Constants):
 ON_THE_WAY, AT_THE_END = 160, 500                       # captions
 
 
+class ExaminationError(Exception):
+    """Of a kind that train.py does not pass over."""
+
+
 class Examination:
     """What train.py calls at regular steps: the EMA draws, the detector judges."""
 
@@ -126,7 +130,14 @@ class Examination:
         self.autoencoder = load_autoencoder(cache.meta["autoencoder"], cache.autoencoder,
                                             constants.weights).to(device)
 
-    def examine(self, step: int, net, ema, folder: Path):
+    def examine(self, *now):
+        """What fails here ends the run, which resumes; train.py would go on as without a grid."""
+        try:
+            self.add_point(*now)
+        except (OSError, RuntimeError, UserError, FloatingPointError) as error:
+            raise ExaminationError(f"{type(error).__name__}: {error}") from error
+
+    def add_point(self, step: int, net, ema, folder: Path):
         last = step == self.constants.steps
         captions = self.captions[:AT_THE_END if last else ON_THE_WAY]
         pictures = self.draw(ema, len(captions))
@@ -187,9 +198,17 @@ def folder_of(config: Config, name: str, seed: int) -> Path:
     return Path("out/compare", config.task, f"{name}-{seed}")
 
 
+def choice_of(task: str, name: str) -> dict:
+    """What differs from the constants of train.py. S is deeper: its windows move by two blocks."""
+    choice = TASKS[task][1] | MODELS[name]
+    if task == "S" and "fuse_shift" in choice:
+        choice["fuse_shift"] *= 2
+    return choice
+
+
 def end_of(config: Config, name: str) -> int:
     """The step at which a run is whole: a look, or the end of its schedule."""
-    steps = (TASKS[config.task][1] | MODELS[name]).get("steps", train.Config.steps)
+    steps = choice_of(config.task, name).get("steps", train.Config.steps)
     every = EVERY[config.task]
     return min(math.ceil((config.until or steps) / every) * every, steps)
 
@@ -202,8 +221,9 @@ def read_looks(folder: Path) -> list[dict]:
 
 def is_whole(config: Config, name: str, seed: int) -> bool:
     """Whether the run was trained to its end, and looked at there."""
-    steps = [look["step"] for look in read_looks(folder_of(config, name, seed))]
-    return max(steps, default=0) >= end_of(config, name)
+    folder = folder_of(config, name, seed)
+    return all(max((each["step"] for each in parts), default=0) >= end_of(config, name)
+               for parts in (read_looks(folder), read_curve(folder)))
 
 
 def step_of(path: Path) -> int:
@@ -215,7 +235,7 @@ def train_to_end(config: Config, name: str, seed: int, path: Path):
     """Train one network in the folder `path`, or resume it; KeyboardInterrupt if it is stopped."""
     if not (path / "last.pt").exists():
         shutil.rmtree(path, ignore_errors=True)         # it was stopped before its first step
-    every, choice = EVERY[config.task], TASKS[config.task][1] | MODELS[name]
+    every, choice = EVERY[config.task], choice_of(config.task, name)
     constants = train.Config(
         data=prepare(config.task), name=path.relative_to("out").as_posix(), seed=seed,
         resume=path.exists(), draw_every=every, validate_every=every, save_every=every,
@@ -270,7 +290,7 @@ def point_at(run: dict, step: int) -> dict:
 
 
 def steps_to(run: dict, level: float) -> float | None:
-    """Steps until this share is right in everything, on straight lines between the points."""
+    """Steps until this share is first right in everything, on lines between the points."""
     before = {"step": 0, "everything": 0.0}
     for point in run["curve"]:
         if point["everything"] >= level:
@@ -282,6 +302,15 @@ def steps_to(run: dict, level: float) -> float | None:
 def work(run: dict, steps: float) -> float:
     """10^12 multiply-adds of so many steps: a backward pass costs twice a forward pass."""
     return 3 * steps * run["batch_size"] * sum(run["multiply_adds"]) / 1e12
+
+
+def at_equal_work(run: dict, other: dict, step: int) -> float | None:
+    """% right in `other` after the work of this run's step; None if it has not done so much. Both
+    have one schedule: the dearer one's rate is then still higher, which flatters the cheaper."""
+    x = [work(other, point["step"]) for point in other["curve"]]
+    shares = [100 * point["everything"] for point in other["curve"]]
+    done = work(run, step)
+    return float(np.interp(done, [0, *x], [0, *shares])) if done <= x[-1] else None
 
 
 def measure(run: dict, step: int) -> dict[str, float | None]:
@@ -342,7 +371,8 @@ def collect(to: Path) -> dict[str, list[dict]]:
         runs = {(run["name"], run["seed"]): run for run in kept.get(task, [])}
         for curve in Path("out/compare", task).glob("*/curve.json"):
             run = json.loads(curve.read_text()) | {"where": read_looks(curve.parent)}
-            runs[run["name"], run["seed"]] = run
+            key = run["name"], run["seed"]
+            runs[key] = max(run, runs.get(key, run), key=lambda each: each["curve"][-1]["step"])
         results[task] = [runs[key] for key in sorted(runs)]
     with writing(path, "w") as file:                    # a line for each run
         file.write(json.dumps(kept | results).replace('{"name"', '\n{"name"') + "\n")
@@ -358,6 +388,7 @@ def print_tables(models: dict[str, list[dict]], steps: list[int]):
     """The figures of each model's runs, what differs from the base, and the way there."""
     first = BASE if BASE in models else next(iter(models))
     base = {run["seed"]: measure(run, steps[-1]) for run in models[first]}
+    bases = {run["seed"]: run for run in models[first]}
     means, differences, ways = [], [], []
     for name, runs in models.items():
         figures = {run["seed"]: measure(run, steps[-1]) for run in runs}
@@ -369,6 +400,10 @@ def print_tables(models: dict[str, list[dict]], steps: list[int]):
             digits = 1 if title.endswith(", %") else None
             mean[title] = show_mean([each[title] for each in figures.values()], digits)
             difference[title] = show_difference(both, title)
+        difference["everything at equal work, %"] = show_difference([
+            (figures[run["seed"]]["everything, %"],
+             at_equal_work(run, bases[run["seed"]], steps[-1]))
+            for run in runs if run["seed"] in bases], "points, %")
         way = {"everything right, %, at step": name}
         for step in steps:
             rights = [100 * point_at(run, step)["everything"] for run in runs]
@@ -434,6 +469,12 @@ def print_effects(models: dict[str, list[dict]], step: int):
                       for seed in seeds]
             row[key] = "" if None in np.ravel(values) else show_difference(
                 [*map(tuple, np.mean(values, axis=2))], key)
+        runs = {(each["name"], each["seed"]): each for name in figures for each in models[name]}
+        values = [[(figures[one][seed]["everything, %"],
+                    at_equal_work(runs[one, seed], runs[other, seed], step))
+                   for one, other in zip(mine, base)] for seed in seeds]
+        row["everything at equal work, %"] = "" if None in np.ravel(values) else show_difference(
+            [*map(tuple, np.mean(values, axis=1))], "points, %")
         rows.append(row)
     if rows:
         print()
@@ -442,7 +483,7 @@ def print_effects(models: dict[str, list[dict]], step: int):
 
 def tables_of_look(look: dict) -> dict[str, dict[str, float]]:
     """Title -> block -> figure, of a look of where.py."""
-    tables = {f"% of the text's benefit lost if hidden here, t = {t}":
+    tables = {f"% of the rise without text, if hidden here alone, t = {t}":
               {block: 100 * lost[i] for block, lost in look["lost_if_hidden"].items()}
               for i, t in enumerate(look["t"])}
     return tables | {RANK: look["rank"], "the same, text's part alone": look["rank_text_alone"]}
@@ -545,8 +586,8 @@ def draw_figures(models: dict[str, list[dict]], to: Path):
             shares = {block: np.median([look["lost_if_hidden"][block] for look in looks], axis=0)
                       for block in looks[0]["lost_if_hidden"]}
             where.draw_heat_map(axes[0], shares, looks[0]["blocks"],
-                                f"{BASE}, median of {len(looks)} seeds, step {step:,}:\n"
-                                "% of the text's benefit lost if hidden in a block")
+                                f"{BASE}, median of {len(looks)} seeds, step {step:,}: rise of\n"
+                                "the loss, text hidden in one block, % of that in all")
         figure.savefig(to / "positions.png", dpi=120)
 
 
@@ -589,7 +630,9 @@ def draw_sweep(folder: Path, to: Path):
     figure, curves = Figure(figsize=(7, 4.5), layout="constrained"), {}
     axes = figure.subplots()
     for result in results:
-        w, scores, name = result["protocol"]["guidance_scale"], result["scores"], result["name"]
+        protocol, scores = result["protocol"], result["scores"]
+        w, name = protocol["guidance_scale"], (
+            f"{result['name']}, {protocol['steps']} steps, seed {protocol['seed']}")
         if "fid" in scores:
             curves.setdefault(name, []).append((scores["clip_prefix"], scores["fid"]))
             axes.annotate(f" w = {w:g}", curves[name][-1])
@@ -612,6 +655,8 @@ def main(config: Config):
     name, _, seed = (config.one or f"{names[0]}-0").rpartition("-")
     for unknown in {*names, name} - {*MODELS}:
         raise UserError(f"{unknown} is no model: expected {', '.join([*GROUPS, *MODELS])}.")
+    if config.task == "S" and any("n_text" in MODELS[each] for each in {*names, name}):
+        raise UserError("--task=S has 4 text blocks in all models: expected windows or positions.")
     if config.sweep:
         return draw_sweep(Path(config.sweep), Path(config.to))
     if config.one:

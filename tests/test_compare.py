@@ -111,6 +111,21 @@ def test_ctrl_c_keeps_what_there_is_and_says_so(tiny):
     assert not compare.is_whole(compare.Config(), "early-concat", 0)
 
 
+def test_an_examination_that_fails_ends_the_run_which_then_resumes(tiny):
+    """And is not taken for whole, as it would be if train.py went on without the point."""
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(compare.Examination, "draw", fail)
+        with pytest.raises(compare.ExaminationError, match="CUDA out of memory"):
+            compare.main(compare.Config(one="early-concat-0"))
+    assert not compare.is_whole(compare.Config(), "early-concat", 0)
+    compare.main(compare.Config(one="early-concat-0"))
+    assert compare.is_whole(compare.Config(), "early-concat", 0)
+    (folder("early-concat") / "curve.json").write_text('{"curve": [{"step": 2}]}')
+    assert not compare.is_whole(compare.Config(), "early-concat", 0)
+
+
 def test_runs_are_shared_out_to_processes(tiny, monkeypatch):
     """Seed by seed, so that there is a complete table whenever one stops."""
     asked = []
@@ -174,10 +189,29 @@ def test_work_counts_each_image_three_times_with_its_text():
     assert compare.work(run_of("x", 0), 1000) == pytest.approx(3 * 1000 * 32 * 0.101e9 / 1e12)
 
 
+def test_equal_work_is_read_off_the_line_through_the_other_curve():
+    cheap, dear = run_of("x", 0, 0.4, 0.6), run_of("y", 0, 0.2, 0.5, multiply_adds=(0, 1.515e8))
+    assert compare.at_equal_work(cheap, dear, 300) == pytest.approx(100 * 0.2 * 2 / 3)  # step 200
+    assert compare.at_equal_work(cheap, dear, 600) == pytest.approx(100 * 0.3)          # step 400
+    assert compare.at_equal_work(dear, cheap, 600) is None                              # step 900
+
+
 @pytest.mark.parametrize("first, name", [*enumerate(compare.GROUPS["positions"])])
 def test_the_window_of_a_run_is_the_blocks_that_see_the_text(first, name):
     assert compare.window_of(run_of(name, 0)) == range(first, first + 3)
     assert compare.window_of(run_of(compare.BASE, 0)) == range(9)
+
+
+def test_the_windows_of_size_s_go_from_its_first_blocks_to_its_last():
+    windows = []
+    for name in compare.GROUPS["positions"]:
+        choice = compare.choice_of("S", name)
+        windows.append(compare.window_of(run_of(name, 0) | {"choice": choice}))
+    assert windows == [range(first, first + 3) for first in (0, 2, 4, 6, 8)]
+    assert train.Config(**choice).depth == 13 and choice["n_image"] == 4    # 4 + 3 + 4 blocks
+    assert compare.MODELS["shift+2"]["fuse_shift"] == 2
+    with pytest.raises(UserError, match="expected windows or positions"):
+        compare.main(compare.Config(models="text", task="S"))
 
 
 def test_effects_are_of_the_seeds_that_all_their_models_have(capsys):
@@ -198,8 +232,9 @@ def test_effects_are_of_the_seeds_that_all_their_models_have(capsys):
     assert title[:3] == ["mean of both pairs", "seeds", "everything, %"]
     assert fusion[:3] == ["intermediate less early", "2", "undecided (-20.0 ± 127.1)"]  # -10, -30
     assert conditioning[:3] == ["cross_attention less concat", "2", "+20.0 ± 0.0"]
-    assert title[-1].endswith("blocks that both have")          # 2, 3 and 4 of all four
-    assert [fusion[-1], conditioning[-1]] == ["-25.0% ± 0.0", "undecided (+0.0% ± 0.0)"]
+    assert title[-2].endswith("blocks that both have")          # 2, 3 and 4 of all four
+    assert [fusion[-2], conditioning[-2]] == ["-25.0% ± 0.0", "undecided (+0.0% ± 0.0)"]
+    assert title[-1] == "everything at equal work, %" and fusion[-1] == fusion[2]
     models |= {name: [run_of(name, 0, 0.95)] for name in ("shift-2", "shift-2-cross")}
     ranks = {"0": 18, "1": 18, "2": 9}                          # early: 9, 9 and 4
     models["shift-2"][0]["where"] = models["shift-2-cross"][0]["where"] = [
@@ -210,7 +245,7 @@ def test_effects_are_of_the_seeds_that_all_their_models_have(capsys):
     assert rows[2][:3] == fusion[:3] and rows[5][:3] == conditioning[:3]
     assert rows[3][:3] == ["front less early", "1", "undecided (+35.0)"]
     assert rows[4][:3] == ["front less intermediate", "1", "undecided (+45.0)"]
-    assert [row[-1] for row in rows[3:5]] == ["undecided (+104.5%)", "undecided (+200.0%)"]
+    assert [row[-2] for row in rows[3:5]] == ["undecided (+104.5%)", "undecided (+200.0%)"]
     assert {len(row) for row in rows} == {len(title)}
     compare.print_effects({"early-cross": models["early-cross"]}, 300)
     assert capsys.readouterr().out == ""
@@ -268,8 +303,10 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(monkeypatch
             later = look | {"step": 1500, "lost_if_hidden": {block: [9] * 5 for block in shares}}
             (folder(name, seed) / "where.json").write_text(json.dumps([look, later]))
     elsewhere = run_of("text4", 5, 0.1)                 # trained on another machine
+    longer = run_of("shift+2", 0, 0.1, 0.2)             # than here
     Path("results").mkdir()
-    Path("results/results.json").write_text(json.dumps({"shapes": [elsewhere], "small": []}))
+    Path("results/results.json").write_text(json.dumps(
+        {"shapes": [elsewhere, longer], "small": []}))
 
     monkeypatch.setattr(compare, "train_all", lambda *_: None)
     compare.main(compare.Config(models="all", until=900, to="results"))
@@ -277,6 +314,7 @@ def test_the_report_has_tables_pictures_and_every_curve_of_every_run(monkeypatch
     assert len(results["shapes"]) == 11 and results["small"] == []
     kept = {(run["name"], run["seed"]): run for run in results["shapes"]}
     assert kept["text4", 5] == json.loads(json.dumps(elsewhere))
+    assert kept["shift+2", 0] == json.loads(json.dumps(longer))
     assert [look["step"] for look in kept["early-concat", 1]["where"]] == [901, 1500]
     for picture in ("work.png", "positions.png"):
         assert Path("results", picture).stat().st_size > 10_000
@@ -330,7 +368,7 @@ def test_a_sweep_is_drawn_from_the_folders_of_evaluate(tmp_path):
             path.parent.mkdir(parents=True)
             shapes = {"seen": {"everything": w / 4}, "unseen": {"everything": w / 5}}
             path.write_text(json.dumps({
-                "name": "last.pt", "protocol": {"guidance_scale": w},
+                "name": "last.pt", "protocol": {"guidance_scale": w, "steps": 20, "seed": 0},
                 "scores": {"fid": 7 + w, "clip_prefix": 22 + w} if real else shapes}))
         compare.main(compare.Config(sweep=f"real{real}", to=f"to{real}"))
         assert Path(f"to{real}/guidance.png").stat().st_size > 10_000

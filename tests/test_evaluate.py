@@ -435,7 +435,7 @@ def house_of_shapes(tmp_path_factory):
     torch.save({"format": CHECKPOINT_FORMAT, "step": 7, "model": raw, "ema": ema,
                 "uvit": dataclasses.asdict(uvit), "meta": cache.meta,
                 "latent_scale": cache.meta["latent_scale"], "autoencoder": cache.autoencoder,
-                "null_context": torch.from_numpy(cache.text[0])}, folder / "out" / "last.pt")
+                "null_context": torch.tensor(cache.text[0])}, folder / "out" / "last.pt")
     return folder
 
 

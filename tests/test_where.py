@@ -105,7 +105,7 @@ def test_shares_are_those_of_their_definition(fusion, conditioning):
                                (none - loss) / (none - shown), rtol=1e-4, atol=1e-6)
 
 
-def test_a_window_of_one_block_has_all_the_benefit():
+def test_a_window_of_one_block_has_all_the_rise():
     net = small_net("intermediate", "concat", n_fuse=1)
     z0, _, context = inputs()
     result = where.knock_out(net, z0, torch.ones_like(z0), context)
@@ -191,7 +191,7 @@ def test_a_checkpoint_is_looked_into(fusion, conditioning, shapes, tmp_path):
     torch.save({"format": model.CHECKPOINT_FORMAT, "step": 7, "uvit": vars(net.config),
                 "ema": net.state_dict(), "latent_scale": cache.meta["latent_scale"],
                 "meta": cache.meta, "autoencoder": cache.autoencoder,
-                "null_context": torch.from_numpy(cache.text[0])}, "last.pt")
+                "null_context": torch.tensor(cache.text[0])}, "last.pt")
     where.main(where.Config(checkpoint="last.pt", data=str(shapes), pictures=12, steps=2,
                             prompt="one red circle"))
     found = looks(tmp_path / "where")

@@ -9,8 +9,10 @@ passes on), and measure by how much the held-out loss rises at fixed noise level
 
     share = (loss, hidden in this block - loss) / (loss, hidden in all blocks - loss)
 
-Then the opposite: show the text in this block alone; what share of its benefit remains? Blocks
-replace each other or depend on each other, so the shares of all need not add up to 1.
+Then the opposite: show the text in this block alone; what share of that rise is avoided? Blocks
+replace each other or depend on each other, so the shares of all need not add up to 1. No network
+was trained with hidden text: without any, its loss may rise far more than with the empty caption,
+which is measured, too. So shares compare the blocks of one network at one noise level.
 
 2 The effective rank of the attention from image to text [IF: that of early fusion is low], as the
 softmax gives it, and of the text's part alone, with rows that add up to 1.
@@ -126,14 +128,14 @@ def knock_out(net: UViT, z0: torch.Tensor, eps: torch.Tensor, context: torch.Ten
     window = net.config.window
     shown = held_out_losses(net, z0, eps, context)
     with hidden_text(net, window):
-        benefit = held_out_losses(net, z0, eps, context) - shown
+        rise = held_out_losses(net, z0, eps, context) - shown
     lost, kept = {}, {}
     for i in window:
         with hidden_text(net, [i]):
-            lost[i] = (held_out_losses(net, z0, eps, context) - shown) / benefit
+            lost[i] = (held_out_losses(net, z0, eps, context) - shown) / rise
         with hidden_text(net, [k for k in window if k != i]):
-            kept[i] = 1 - (held_out_losses(net, z0, eps, context) - shown) / benefit
-    return {"loss": shown.tolist(), "loss_without_text": (shown + benefit).tolist(),
+            kept[i] = 1 - (held_out_losses(net, z0, eps, context) - shown) / rise
+    return {"loss": shown.tolist(), "loss_without_text": (shown + rise).tolist(),
             "lost_if_hidden": {i: shares.tolist() for i, shares in lost.items()},
             "kept_if_alone": {i: shares.tolist() for i, shares in kept.items()}}
 
@@ -223,8 +225,8 @@ def draw_results(result: dict) -> Figure:
     blocks, ranks = result["blocks"], result["rank"]
     figure = Figure(figsize=(4.5 + 1.2 * blocks, 3.5), layout="constrained")
     hidden, alone, right = figure.subplots(1, 3)
-    draw_heat_map(hidden, result["lost_if_hidden"], blocks, "text hidden here: % of benefit lost")
-    draw_heat_map(alone, result["kept_if_alone"], blocks, "text here alone: % of benefit kept")
+    draw_heat_map(hidden, result["lost_if_hidden"], blocks, "hidden here: % of rise if everywhere")
+    draw_heat_map(alone, result["kept_if_alone"], blocks, "seen here alone: % of it avoided")
     right.plot(list(ranks), list(ranks.values()), "o-", label="after the softmax")
     text_alone = result["rank_text_alone"]
     right.plot(list(text_alone), list(text_alone.values()), "s--", label="text's part alone")
@@ -296,10 +298,11 @@ def look(pipeline: Pipeline, cache, pictures: int) -> dict:
     t = torch.linspace(1, 1000, few).long().to(pipeline.device)
     alpha_bar = noise_schedule().float().to(pipeline.device)
     inputs = add_noise(z0[:few], eps[:few], t, alpha_bar), t, context[:few]
+    empty = held_out_losses(net, z0, eps, pipeline.null_context.to(context).expand_as(context))
     return {"step": pipeline.step, "fusion": uvit.fusion, "conditioning": uvit.conditioning,
             "blocks": uvit.depth, "window": list(uvit.window), "text_blocks": uvit.n_text,
             "pictures": len(z0), "t": LEVELS, **knock_out(net, z0, eps, context),
-            "rank": attention_ranks(net, *inputs),
+            "loss_of_empty_caption": empty.tolist(), "rank": attention_ranks(net, *inputs),
             "rank_text_alone": attention_ranks(net, *inputs, text_alone=True)}
 
 
@@ -328,9 +331,13 @@ def main(config: Config):
     frames = draw_film(pipeline, [cache.captions[text] for text in texts], config)
     frames[0].save(folder / "denoising.gif", save_all=True, append_images=frames[1:], loop=0,
                    duration=[80] * (len(frames) - 1) + [1500])      # ms
+    shown, none, empty = [np.array(result[key]) for key in (
+        "loss", "loss_without_text", "loss_of_empty_caption")]
+    shares = "  ".join(f"{100 * share:4.0f}%" for share in (empty - shown) / (none - shown))
+    print(f"the empty caption costs {shares} of what hiding the text everywhere does, t = {LEVELS}")
     for i in uvit.window:
         lost = "  ".join(f"{100 * share:4.0f}%" for share in result["lost_if_hidden"][i])
-        print(f"block {i}: hiding the text costs {lost} of its benefit at t = {LEVELS}; "
+        print(f"block {i}: hiding the text in it alone costs {lost}; "
               f"rank {result['rank'][i]:.2f}")
     print(f"Numbers are in {folder / 'where.json'}; look at where.png, words.png "
           "and denoising.gif next to it.")
