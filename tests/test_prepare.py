@@ -137,13 +137,13 @@ def test_coco_is_fetched_and_prepared(public, served, capsys):
         pictures = read_coco(served, split, ids)
         assert split == "train" or (cache.val_images == pictures).all()
         expected = vae.encode(to_unit(pictures))
-        torch.testing.assert_close(torch.from_numpy(moments[:]), expected)
+        torch.testing.assert_close(torch.tensor(moments), expected)
     assert cache.text.shape == (len(cache.captions), 77, 64) and cache.text.dtype == np.float16
-    torch.testing.assert_close(torch.from_numpy(cache.text[:]),
+    torch.testing.assert_close(torch.tensor(cache.text),
                                tower(tokenize(cache.captions))[0].half(), atol=2e-3, rtol=2e-3)
 
     assert cache.meta["latent_shape"] == [4, 4, 4]
-    mean, logvar = torch.from_numpy(cache.train_moments[:]).chunk(2, dim=1)
+    mean, logvar = torch.tensor(cache.train_moments).chunk(2, dim=1)
     variance = (mean.var() + logvar.clamp(-30, 20).exp().mean()).item()     # between and within
     assert cache.meta["latent_scale"] == pytest.approx(variance ** -0.5, rel=0.1)
     load_autoencoder(cache.meta["autoencoder"], None, "weights")

@@ -125,5 +125,5 @@ def test_the_cache_has_what_it_says():
     for name, pairs in (("train", cache.train_pairs), ("val", cache.val_pairs)):
         captions = [[cache.captions[row]] for row in pairs[:, 1]]
         assert captions == open_shapes(small(), name).captions
-    mean = torch.from_numpy(cache.train_moments[:]).chunk(2, dim=1)[0]
+    mean = torch.tensor(cache.train_moments).chunk(2, dim=1)[0]
     assert abs((mean * cache.meta["latent_scale"]).std().item() - prepare_data.LATENT_STD) < 1e-3
