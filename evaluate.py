@@ -366,7 +366,8 @@ def evaluate_checkpoint(pipeline, config, captions, scorer, bounds, cache):
     """Draw and score; the latest eval.json is also the checkpoint's."""
     step, w = pipeline.step, config.guidance_scale
     weights = [*map(weights_sha256, (pipeline.net, pipeline.autoencoder, pipeline.text_tower))]
-    code = [sha256(Path(__file__).with_name(name)) for name in ("model.py", "sample.py", "vae.py")]
+    drawn_by = "clip_text.py", "model.py", "sample.py", "vae.py"
+    code = [sha256(Path(__file__).with_name(name)) for name in drawn_by]
     made_of = digest([weights, code, cache.meta["files"]])[:8]
     home = Path(config.out or Path(config.checkpoint).parent)
     folder = home / f"eval/step{step}_{made_of}_w{w:.9g}_steps{config.steps}_seed{config.seed}"

@@ -439,9 +439,8 @@ def prepare(config, made_of, folder):
     with writing(folder / "preview.png") as file:
         draw_grid(decoded, [first for first, *_ in texts], columns=8).save(file, "PNG")
     scale = (LATENT_STD if linear else 1) * measure_scale(moments)
-    write_meta(folder, made_of | {
-        "dataset": config.dataset, "image_size": config.image_size,
-        "latent_shape": latents.shape[1:], "latent_scale": scale})
+    write_meta(folder, made_of | {"dataset": config.dataset, "image_size": config.image_size,
+                                  "latent_shape": latents.shape[1:], "latent_scale": scale})
 
 
 def main(config: Config):

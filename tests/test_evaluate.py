@@ -274,7 +274,7 @@ def test_pictures_of_another_autoencoder_or_of_edited_code_are_drawn_again(
     assert quick(n=2, weights="others")["scores"] != first["scores"] and len(drawn) == 2
     assert quick(n=2)["scores"] == first["scores"] and len(drawn) == 2
     monkeypatch.setattr(evaluate, "sha256", lambda path: (
-        "edited" if Path(path).name == "sample.py" else sha256(path)))
+        "edited" if Path(path).name == "clip_text.py" else sha256(path)))
     quick(n=2)
     assert len(drawn) == 3
 
