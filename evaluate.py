@@ -48,10 +48,10 @@ class Config(Constants):
     guidance_scale: GuidanceScale = 3.0  # w; 1 = none; U-ViT: 2, which it calls 1
     seed: Natural = 0  # picture i has seed + i
     batch_size: Size = 100  # of the sampler
-    weights: FilePath = "weights"  # folder of the public weights
+    weights: FilePath = "weights"  # the public weights
     inception: FilePath | None = None  # weights of the FID
     clip: FilePath | None = None  # weights of the CLIP score
-    out: FilePath | None = None  # folder of the results
+    out: FilePath | None = None  # of the results
 
 
 # ---- 1. shapes: reading a picture back ----
@@ -365,10 +365,10 @@ def choose_prompts(cache, config):
 def evaluate_checkpoint(pipeline, config, captions, scorer, bounds, cache):
     """Draw and score; the latest eval.json is also the checkpoint's."""
     step, w = pipeline.step, config.guidance_scale
-    weights = [*map(weights_sha256, (pipeline.net, pipeline.autoencoder, pipeline.text_tower))]
-    drawn_by = "clip_text.py", "model.py", "sample.py", "vae.py"
-    code = [sha256(Path(__file__).with_name(name)) for name in drawn_by]
-    made_of = digest([weights, code, cache.meta["files"]])[:8]
+    weights, *rest = map(weights_sha256, (pipeline.net, pipeline.autoencoder, pipeline.text_tower))
+    files = "clip_text.py", "model.py", "sample.py", "vae.py"
+    code = [sha256(Path(__file__).with_name(name)) for name in files]
+    made_of = digest([weights, rest, code, cache.meta["files"]])[:8]
     home = Path(config.out or Path(config.checkpoint).parent)
     folder = home / f"eval/step{step}_{made_of}_w{w:.9g}_steps{config.steps}_seed{config.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -380,7 +380,7 @@ def evaluate_checkpoint(pipeline, config, captions, scorer, bounds, cache):
             "scores": scorer.score(scorer.embed(pictures), captions), "bounds": bounds,
             "protocol": asdict(config) | scorer.protocol | {
                 "pictures": len(paths), "captions": "first of each picture", "step": step,
-                "averaged": True, "weights_sha256": weights[0], "trained_on": pipeline.meta,
+                "averaged": True, "weights_sha256": weights, "trained_on": pipeline.meta,
                 "sampler": "DPM-Solver++(2M), eps_uncond + w (eps_cond - eps_uncond)",
                 "precision": str(choose_precision(pipeline.device)), "torch": torch.__version__}}
         write_json(folder / "eval.json", result)
@@ -410,9 +410,9 @@ def main(config: Config):
     cache = read_cache(config.data)
     shapes, jobs = cache.meta["dataset"] == "shapes", []
     for path in config.checkpoint.split(","):
-        pipeline = Pipeline(Path(path).expanduser(), config.weights)
-        if any(pipeline.meta.get(key) != cache.meta[key] for key in ("dataset", "image_size")) or (
-                cache.meta["dataset"] == "folder" and same_data(pipeline.meta, cache.meta)):
+        pipeline = Pipeline(path, config.weights)
+        alike = all(pipeline.meta.get(key) == cache.meta[key] for key in ("dataset", "image_size"))
+        if not alike or cache.meta["dataset"] == "folder" and same_data(pipeline.meta, cache.meta):
             raise UserError(f"{path} was not trained on pictures as in {config.data}: name --data.")
         jobs.append((pipeline, replace(config, checkpoint=path)))
     pictures, captions = choose_prompts(cache, config)

@@ -348,7 +348,7 @@ def reading(path, expected):
 def writing(path, mode="wb"):
     """A file that appears whole, under its name, when the block ends, or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # a killed writer's is overwritten
+    temporary = path.with_name(f".{path.name}.tmp")  # a killed writer's goes
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -371,7 +371,7 @@ def write_json(path, content):
 def one_writer(folder, wait=False):
     """Hold SQLite's lock of a file in a folder, which works anywhere and dies with its process."""
     path = Path(folder, ".lock")
-    path.touch()  # or the true reason why it can't be
+    path.touch()  # or why it can't be
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as lock:
         while not lock.in_transaction:
             try:  # in memory: a kill leaves no journal
@@ -526,7 +526,7 @@ def parse_arguments(Config, arguments):
     parser.error = fail
     hints = get_type_hints(Config)
     for name, hint in hints.items():
-        alone = {"nargs": "?", "const": True} if hint is bool else {}  # --resume alone is True
+        alone = {"nargs": "?", "const": True} if hint is bool else {}  # --resume alone
         parser.add_argument(f"--{name}", action="append", **alone)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:

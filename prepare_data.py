@@ -51,10 +51,10 @@ from vae import LinearAutoencoder, load_vae, sample_latent, to_pictures, to_unit
 @dataclass
 class Config(Constants):
     dataset: Literal["shapes", "coco", "folder"] = "shapes"
-    pictures: FilePath | None = None  # folder: of your pictures and captions
-    out: FilePath | None = None  # folder of the cache; None: data/DATASET
-    downloads: FilePath = "downloads"  # coco: folder of its archives
-    weights: FilePath = "weights"  # folder of the public weights
+    pictures: FilePath | None = None  # folder: yours, with captions
+    out: FilePath | None = None  # the cache; None: data/DATASET
+    downloads: FilePath = "downloads"  # coco: its archives
+    weights: FilePath = "weights"  # the public weights
     seed: Natural = 0  # of shapes and random text tower
     # None: the dataset's own, of shapes / coco / folder
     autoencoder: FilePath | None = None  # linear / kl / kl, or a file of KL weights
@@ -164,7 +164,7 @@ def draw_scene(scene, rng, size):
     if scene.relation:
         y, x = RELATIONS[scene.relation]
         cells = [(1 + y, 1 + x), (1 - y, 1 - x)]
-    zoom = 8  # drawn 8 times larger, then averaged
+    zoom = 8  # drawn larger, then averaged
     image = Image.new("RGB", (size * zoom, size * zoom), BACKGROUND)
     canvas, unit = ImageDraw.Draw(image), size * zoom / 32
     for cell, (colour, shape) in zip(cells, scene.objects):
@@ -278,9 +278,9 @@ def read_captions(folder):
 
 def list_pictures(folder):
     """The names of the pictures in a folder, below it and behind links, each once, none hidden."""
-    names = sorted(glob("**", root_dir=folder, recursive=True), reverse=True)
-    names = [Path(name).as_posix() for name in names if Path(name).suffix.lower() in SUFFIXES]
-    return sorted({(folder / name).resolve(): name for name in names}.values())
+    paths = sorted(map(Path, glob("**", root_dir=folder, recursive=True)), reverse=True)
+    paths = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    return sorted({(folder / path).resolve(): path.as_posix() for path in paths}.values())
 
 
 def open_folder(config):
@@ -316,7 +316,7 @@ def open_coco(config, split):
     # the first 30,000 of the validation split are those of the paper's own evaluation
     captioned = ((name, texts) for name, texts in captions.items() if texts)
     chosen = dict(islice(captioned, getattr(config, f"{split}_images")))
-    archive = zipfile.ZipFile(fetch(f"{split}2014.zip", config.downloads))  # is not unpacked
+    archive = zipfile.ZipFile(fetch(f"{split}2014.zip", config.downloads))
 
     def read(name):
         with archive.open(f"{split}2014/{name}") as file, Image.open(file) as image:
@@ -501,7 +501,7 @@ def read_cache(folder):
 
 def same_data(meta, other):
     """What differs between two descriptions of data, or None. Floats may differ by rounding."""
-    for key in [key for key in {**meta, **other} if key not in ("files", "file", "about")]:
+    for key in sorted({*meta, *other} - {"files", "file", "about"}):
         a, b = meta.get(key), other.get(key)
         floats = {type(a), type(b)} == {float}
         if isinstance(a, dict) and isinstance(b, dict):

@@ -50,7 +50,7 @@ class Config(Constants):
     seed: Natural = 0  # picture i has seed + i
     batch_size: Size = 64
     out: FilePath | None = None  # None: the next in out/NAME/generated
-    weights: FilePath = "weights"  # folder of the public weights
+    weights: FilePath = "weights"  # the public weights
 
 
 # ---- 1. the solver ----

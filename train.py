@@ -52,8 +52,8 @@ from vae import load_autoencoder, sample_latent, to_pictures
 @dataclass
 class Config(Constants):
     # the run
-    data: FilePath = "data/shapes"  # a folder made by prepare_data.py
-    weights: FilePath = "weights"  # folder of the public weights
+    data: FilePath = "data/shapes"  # made by prepare_data.py
+    weights: FilePath = "weights"  # the public weights
     name: str = "shapes"  # folder in out/; if taken, shapes-2, ...
     resume: bool = False  # True: resume out/NAME/last.pt
     seed: Natural = 0
@@ -73,16 +73,16 @@ class Config(Constants):
     batch_size: Positive = 32  # pictures, over all GPUs
     grad_accum: Positive = 1  # batches per step
     learning_rate: Unit = 3e-3  # U-ViT: 2e-4, 1e6 steps
-    warmup: Natural = 200  # steps in which the rate rises from 0
-    cooldown: Unit = 1.0  # share of the steps with a falling rate; U-ViT: 0
+    warmup: Natural = 200  # steps of rising rate
+    cooldown: Unit = 1.0  # share of steps of falling rate; U-ViT: 0
     beta: Annotated[float, 0, 0.9999] = 0.9  # both of AdamW's [U-ViT]
     weight_decay: Unit = 0.03  # of every parameter [U-ViT]
-    grad_clip: Annotated[float, 0, 1e9] = 1.0  # largest gradient norm; 0: any, as U-ViT
+    grad_clip: Annotated[float, 0, 1e9] = 1.0  # largest norm; 0: any, as U-ViT
     t_power: Annotated[float, 0.01, 100] = 0.4  # t = 1000 u^t_power: more noise; U-ViT: 1
     p_uncond: Unit = 0.1  # share of the pairs without text [CFG]
     ema_decay: Unit = 0.999  # U-ViT: 0.9999
     init_std: Unit = 0.06  # of linear weights; U-ViT: 0.02, at width 512
-    sincos_positions: bool = True  # image positions start as waves; U-ViT: noise
+    sincos_positions: bool = True  # positions start as waves; U-ViT: noise
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # auto: long runs on CUDA
     # reports
@@ -92,7 +92,7 @@ class Config(Constants):
     save_every: Positive = 500
     guidance_scale: sample.GuidanceScale = 3.0  # of sample grids and score
     sample_steps: sample.SolverSteps = 20
-    score: bool = True  # shapes: evaluate last.pt at the end
+    score: bool = True  # shapes: evaluate last.pt
 
     @property
     def pictures_per_step(self):
@@ -141,7 +141,7 @@ def main(config: Config, draw=None):
         print_facts(config, net, data, cache.meta, precision)
         wrapped = wrap_network(net, config, device)
         save = partial(save_checkpoint, folder, parts, config, cache)
-        save("last.pt", step)  # tests that the disk is writable
+        save("last.pt", step)  # is the disk writable?
         report.restart_clock(step)
 
         for step, batches in data.stream(step + 1, config.steps):
@@ -339,7 +339,7 @@ def wrap_network(net, config, device):
     pays = device.type == "cuda" and work >= 1e16
     if config.compile == "on" or config.compile == "auto" and pays:
         try:
-            torch.compile(Mlp(8).to(device))(torch.ones(1, 8, device=device))  # is it possible?
+            torch.compile(Mlp(8).to(device))(torch.ones(1, 8, device=device))
             net = torch.compile(net)
         except Exception as error:
             print0(f"torch.compile failed and is off ({type(error).__name__}: {error!s:.200}).")
@@ -381,14 +381,14 @@ class Report:
         self.config, self.folder, self.device = config, folder, device
         self.best, self.skipped, self.failed = math.inf, 0, 0
         self.began, self.lines = time.perf_counter(), [self.COLUMNS]
-        self.losses, self.norms = [], []  # since the last measurement
+        self.losses, self.norms = [], []  # since the last line
 
     def state_dict(self):
         self.seconds = time.perf_counter() - self.began
         return {key: vars(self)[key] for key in "best skipped seconds lines losses norms".split()}
 
     def load_state_dict(self, state):
-        vars(self).update(state)  # under torchrun, of the first process
+        vars(self).update(state)  # rank 0's
         for values in (self.losses, self.norms):
             values[:] = [value.to(self.device) for value in values]
         self.began -= self.seconds
@@ -415,7 +415,7 @@ class Report:
         skipped = f"  ({self.skipped} skipped: not finite)" if self.skipped else ""
         print0(f"step {step:,}/{config.steps:,}  loss {loss:.4f}  {speed:,.0f} images/s  "
                f"{left:,.0f} minutes left{skipped}")
-        if self.failed >= 20:  # in float16 up to 16 find the scale
+        if self.failed >= 10:
             lower = config.learning_rate / 3
             raise UserError("No step is finite any more. Resume with a lower rate: "
                             f"{command('train.py', config, resume=True, learning_rate=lower)}")
@@ -499,12 +499,12 @@ def load_run(path, config, parts, meta):
     state = read_checkpoint(path)
     with reading(path, "a run of train.py to resume"):
         then = Config(**state["config"])
-        changed = {key for key in vars(config) if vars(then)[key] != vars(config)[key]} - {"resume"}
+        changed = dict(vars(config).items() - vars(then).items()).keys() - {"resume"}
         other = prepare_data.same_data(state["meta"], meta)
         if state["uvit"] != parts["model"].config:
             other = "architecture"
         for key in ("seed", "init_std", "sincos_positions", "beta", "weight_decay"):
-            if key in changed:  # it can't change now
+            if key in changed:  # fixed by now
                 other = key
         if other:
             raise UserError(f"{path} was trained with another {other}; its own command is: "

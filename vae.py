@@ -128,7 +128,7 @@ class KLAutoencoder(nn.Module):
                              conv_out=conv(deepest, 8))
         self.quant_conv = nn.Conv2d(8, 8, 1)
         up = nn.Sequential()
-        for i in (3, 2, 1, 0):  # the order in which they run
+        for i in (3, 2, 1, 0):  # as they run
             level = chain(block=resnets(before, widths[i], blocks + 1))
             before = widths[i]
             if i > 0:

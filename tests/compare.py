@@ -74,11 +74,11 @@ MODELS = {      # name -> what differs from the constants of train.py
     "shift-2-notext": CONCAT | {"fuse_shift": -2, "n_text": 0},
     "wide-notext": CONCAT | {"n_image": 0, "n_fuse": 9, "n_text": 0},   # the window is everything
     "wide-text2": CONCAT | {"n_image": 0, "n_fuse": 9, "n_text": 2}}
+FOUR = ["early-concat", "early-cross", "intermediate-concat", "intermediate-cross"]
 GROUPS = {
     "all": list(MODELS),
-    "four": ["early-concat", "early-cross", "intermediate-concat", "intermediate-cross"],
-    "windows": ["early-concat", "early-cross", "intermediate-concat", "intermediate-cross",
-                "shift-2", "shift-2-cross"],
+    "four": FOUR,
+    "windows": [*FOUR, "shift-2", "shift-2-cross"],
     "positions": ["shift-2", "shift-1", "intermediate-concat", "shift+1", "shift+2"],
     "text": ["notext", "intermediate-concat", "text1", "text4", "wide-notext", "wide-text2"]}
 TASKS = {       # name -> (constants of prepare_data.py, constants of train.py)
@@ -134,7 +134,7 @@ class Examination:
         """What fails here ends the run, which resumes; train.py would go on as without a grid."""
         try:
             self.add_point(*now)
-        except (OSError, RuntimeError, UserError, FloatingPointError) as error:
+        except Exception as error:
             raise ExaminationError(f"{type(error).__name__}: {error}") from error
 
     def add_point(self, step: int, net, ema, folder: Path):
@@ -304,13 +304,13 @@ def work(run: dict, steps: float) -> float:
     return 3 * steps * run["batch_size"] * sum(run["multiply_adds"]) / 1e12
 
 
-def at_equal_work(run: dict, other: dict, step: int) -> float | None:
-    """% right in `other` after the work of this run's step; None if it has not done so much. Both
-    have one schedule: the dearer one's rate is then still higher, which flatters the cheaper."""
+def at_equal_work(run: dict, other: dict, step: int) -> tuple[float, float | None]:
+    """% right at this step, and in `other` after the same work; None if it has not done so much.
+    Both have one schedule: the dearer one's rate is then higher, which flatters the cheaper."""
     x = [work(other, point["step"]) for point in other["curve"]]
     shares = [100 * point["everything"] for point in other["curve"]]
-    done = work(run, step)
-    return float(np.interp(done, [0, *x], [0, *shares])) if done <= x[-1] else None
+    done, mine = work(run, step), 100 * point_at(run, step)["everything"]
+    return mine, float(np.interp(done, [0, *x], [0, *shares])) if done <= x[-1] else None
 
 
 def measure(run: dict, step: int) -> dict[str, float | None]:
@@ -401,8 +401,7 @@ def print_tables(models: dict[str, list[dict]], steps: list[int]):
             mean[title] = show_mean([each[title] for each in figures.values()], digits)
             difference[title] = show_difference(both, title)
         difference["everything at equal work, %"] = show_difference([
-            (figures[run["seed"]]["everything, %"],
-             at_equal_work(run, bases[run["seed"]], steps[-1]))
+            at_equal_work(run, bases[run["seed"]], steps[-1])
             for run in runs if run["seed"] in bases], "points, %")
         way = {"everything right, %, at step": name}
         for step in steps:
@@ -470,8 +469,7 @@ def print_effects(models: dict[str, list[dict]], step: int):
             row[key] = "" if None in np.ravel(values) else show_difference(
                 [*map(tuple, np.mean(values, axis=2))], key)
         runs = {(each["name"], each["seed"]): each for name in figures for each in models[name]}
-        values = [[(figures[one][seed]["everything, %"],
-                    at_equal_work(runs[one, seed], runs[other, seed], step))
+        values = [[at_equal_work(runs[one, seed], runs[other, seed], step)
                    for one, other in zip(mine, base)] for seed in seeds]
         row["everything at equal work, %"] = "" if None in np.ravel(values) else show_difference(
             [*map(tuple, np.mean(values, axis=1))], "points, %")

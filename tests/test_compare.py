@@ -191,9 +191,9 @@ def test_work_counts_each_image_three_times_with_its_text():
 
 def test_equal_work_is_read_off_the_line_through_the_other_curve():
     cheap, dear = run_of("x", 0, 0.4, 0.6), run_of("y", 0, 0.2, 0.5, multiply_adds=(0, 1.515e8))
-    assert compare.at_equal_work(cheap, dear, 300) == pytest.approx(100 * 0.2 * 2 / 3)  # step 200
-    assert compare.at_equal_work(cheap, dear, 600) == pytest.approx(100 * 0.3)          # step 400
-    assert compare.at_equal_work(dear, cheap, 600) is None                              # step 900
+    assert compare.at_equal_work(cheap, dear, 300) == pytest.approx((40, 100 * 0.2 * 2 / 3))
+    assert compare.at_equal_work(cheap, dear, 600) == pytest.approx((60, 30))   # of step 400
+    assert compare.at_equal_work(dear, cheap, 600) == (50, None)                # of step 900
 
 
 @pytest.mark.parametrize("first, name", [*enumerate(compare.GROUPS["positions"])])

@@ -341,7 +341,7 @@ def test_a_run_goes_on_while_some_steps_are_finite(monkeypatch):
     assert int(Path("out/run/log.csv").read_text().splitlines()[-1].split(",")[6]) > 10
 
 
-def test_twenty_such_steps_in_a_row_stop_the_run_with_advice(monkeypatch):
+def test_ten_such_steps_in_a_row_stop_the_run_with_advice(monkeypatch):
     train.main(tiny(steps=1))
     before = weights()
     poison(monkeypatch, set(range(1, 100)))
