@@ -366,8 +366,8 @@ def evaluate_checkpoint(pipeline, config, captions, scorer, bounds, cache):
     """Draw and score; the latest eval.json is also the checkpoint's."""
     step, w = pipeline.step, config.guidance_scale
     weights, *rest = map(weights_sha256, (pipeline.net, pipeline.autoencoder, pipeline.text_tower))
-    files = "clip_text.py", "model.py", "sample.py", "vae.py"
-    code = [sha256(Path(__file__).with_name(name)) for name in files]
+    files = "clip_text", "model", "sample", "vae"
+    code = [sha256(Path(__file__).with_name(f"{name}.py")) for name in files]
     made_of = digest([weights, rest, code, cache.meta["files"]])[:8]
     home = Path(config.out or Path(config.checkpoint).parent)
     folder = home / f"eval/step{step}_{made_of}_w{w:.9g}_steps{config.steps}_seed{config.seed}"
@@ -411,15 +411,16 @@ def main(config: Config):
     shapes, jobs = cache.meta["dataset"] == "shapes", []
     for path in config.checkpoint.split(","):
         pipeline = Pipeline(path, config.weights)
-        alike = all(pipeline.meta.get(key) == cache.meta[key] for key in ("dataset", "image_size"))
-        if not alike or cache.meta["dataset"] == "folder" and same_data(pipeline.meta, cache.meta):
+        same = all(pipeline.meta.get(key) == cache.meta[key] for key in ("dataset", "image_size"))
+        if not same or cache.meta["dataset"] == "folder" and same_data(pipeline.meta, cache.meta):
             raise UserError(f"{path} was not trained on pictures as in {config.data}: name --data.")
         jobs.append((pipeline, replace(config, checkpoint=path)))
     pictures, captions = choose_prompts(cache, config)
     scorer = SHAPES_SCORER if shapes else RealScorer(cache, config)
     bounds = score_bounds(scorer, cache, pictures, captions)
     results = [evaluate_checkpoint(*job, captions, scorer, bounds, cache) for job in jobs]
-    print(f"\n{len(captions):,} pictures{'; % right of seen / unseen combinations' * shapes}\n")
+    unit = "; % right of seen / unseen combinations" if shapes else ""
+    print(f"\n{len(captions):,} pictures{unit}\n")
     results += [{"name": name, "scores": scores} for name, scores in bounds.items()]
     print_table([format_row(result) for result in results])
     if not shapes and len(captions) < 30_000:

@@ -149,9 +149,9 @@ class UViTConfig:
     depth: Size = 13  # blocks in the stack; intermediate: 2 n_image + n_fuse
     # intermediate; early sets them to 0, depth, 0, 0: the window is the whole stack
     n_image: Natural = 4  # image-only blocks on each side
-    n_fuse: Size = 3  # blocks that see the text, around the bottleneck
+    n_fuse: Size = 3  # blocks that see the text
     n_text: Natural = 4  # text-only blocks before them
-    fuse_shift: int = 0  # moves the window; 0 = centred on the bottleneck
+    fuse_shift: int = 0  # moves the window from the bottleneck
     image_size: Size = 32  # side of the latent, in its own pixels
     channels: Size = 4  # of the latent
     patch_size: Size = 2
@@ -264,7 +264,7 @@ class UViT(nn.Module):
 
     def unpatchify(self, x):
         """(B, N, P*P*C) -> (B, C, H, W); the order in a patch is row, column, channel [U-ViT]."""
-        side, P = self.config.image_size // self.config.patch_size, self.config.patch_size
+        side, P = math.isqrt(x.shape[1]), self.config.patch_size
         x = x.unflatten(2, (P, P, -1)).unflatten(1, (side, side))  # (B, H/P, W/P, P, P, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B, C, H, W)
 
@@ -471,7 +471,7 @@ def describe_official(state):
     half = len({key.split(".")[1] for key in state if key.startswith("in_blocks.")})
     config = UViTConfig("early", "concat", depth=2 * half + 1, image_size=side, channels=C,
                         patch_size=P, width=D, heads=D // 64, context_len=L, context_dim=E)
-    autoencoder = {"kind": "kl", "file": "kl-f8.bin"}  # as in prepare_data.py
+    autoencoder = {"kind": "kl", "file": "kl-f8.bin"}
     tower = {"kind": "clip", "file": "clip-vit-large-patch14.bin"}
     meta = dict(dataset="coco", image_size=8 * side, autoencoder=autoencoder, text_tower=tower)
     return {"uvit": config, "ema": state, "step": 1_000_000, "null_context": None, "meta": meta,
@@ -555,7 +555,7 @@ def run(main, Config: type):
         sys.exit(" ".join(f"error: {error}".split()))
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except BrokenPipeError:  # our reader has gone, as `head` does
+    except BrokenPipeError:  # as by `head`
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:

@@ -52,10 +52,10 @@ from vae import LinearAutoencoder, load_vae, sample_latent, to_pictures, to_unit
 class Config(Constants):
     dataset: Literal["shapes", "coco", "folder"] = "shapes"
     pictures: FilePath | None = None  # folder: yours, with captions
-    out: FilePath | None = None  # the cache; None: data/DATASET
+    out: FilePath | None = None  # None: data/DATASET
     downloads: FilePath = "downloads"  # coco: its archives
     weights: FilePath = "weights"  # the public weights
-    seed: Natural = 0  # of shapes and random text tower
+    seed: Natural = 0  # of shapes and random tower
     # None: the dataset's own, of shapes / coco / folder
     autoencoder: FilePath | None = None  # linear / kl / kl, or a file of KL weights
     text_tower: FilePath | None = None  # random / clip / clip, or a CLIP file
@@ -134,7 +134,7 @@ def list_scenes():
 @cache
 def scene_of():
     """Caption -> scene, for all captions of the shapes dataset."""
-    return {scene.caption: scene for family in list_scenes() for scene in family}
+    return {scene.caption: scene for scene in chain(*list_scenes())}
 
 
 @cache
@@ -210,7 +210,7 @@ def read_picture(path):
     """Any picture as RGB: upright, 16 bits cut to 8, transparent places white; or UserError."""
     with reading(path, "a picture"), Image.open(path) as image:
         image.load()
-        with suppress(Exception):  # broken EXIF data cost no sound picture
+        with suppress(Exception):  # broken EXIF costs no picture
             image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F"):
             raise ValueError("32 bits a channel have no known range: save it with 8 or 16")

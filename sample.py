@@ -174,8 +174,8 @@ def new_folder(candidates):
 def draw_files(pipeline, folder, captions, config):
     """Draw what is missing of 00000.png, ...: picture i has captions[i] and seed + i; the paths."""
     paths = [folder / f"{i:05d}.png" for i in range(len(captions))]
-    batches = [batch for batch in torch.arange(len(paths)).split(config.batch_size)
-               if not all(paths[i].exists() for i in batch)]
+    batches = [part for part in torch.arange(len(paths)).split(config.batch_size)
+               if not all(paths[i].exists() for i in part)]
     if batches:
         with writing(folder / "captions.txt", "w") as file:  # lines of name, tab, caption
             for path, caption in zip(paths, captions):

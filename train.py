@@ -55,7 +55,7 @@ class Config(Constants):
     data: FilePath = "data/shapes"  # made by prepare_data.py
     weights: FilePath = "weights"  # the public weights
     name: str = "shapes"  # folder in out/; if taken, shapes-2, ...
-    resume: bool = False  # True: resume out/NAME/last.pt
+    resume: bool = False  # resume out/NAME/last.pt
     seed: Natural = 0
     # the model (see model.py); image size, channels and text length come with the data
     fusion: Literal["early", "intermediate"] = "intermediate"
@@ -64,7 +64,7 @@ class Config(Constants):
     n_image: Natural = 2  # these four: intermediate only
     n_fuse: Size = 3
     n_text: Natural = 2
-    fuse_shift: int = 0  # -2: the text enters at the first block
+    fuse_shift: int = 0  # -2: text enters at block 0
     patch_size: Size = 1
     width: Size = 128
     heads: Size = 4
@@ -90,7 +90,7 @@ class Config(Constants):
     validate_every: Positive = 500
     draw_every: Positive = 500
     save_every: Positive = 500
-    guidance_scale: sample.GuidanceScale = 3.0  # of sample grids and score
+    guidance_scale: sample.GuidanceScale = 3.0  # of grids and score
     sample_steps: sample.SolverSteps = 20
     score: bool = True  # shapes: evaluate last.pt
 
@@ -201,7 +201,7 @@ class Batches:
 
     def choose(self, index, size):
         """(size,) pictures, each once per epoch, and a caption's text row of each; 0: the empty."""
-        place = torch.arange(index * size, (index + 1) * size)  # in the order of all epochs
+        place = torch.arange(index * size, (index + 1) * size)  # of all epochs
         epochs, pictures = place // self.pictures, torch.empty_like(place)
         for epoch in epochs.unique().tolist():
             order = torch.randperm(self.pictures, generator=seeded(self.config.seed, 0, epoch))
@@ -251,8 +251,7 @@ class HeldOut:
         self.size = len(pairs)  # (size, 2): picture, text row
         generator = torch.Generator().manual_seed(0)
         moments = torch.from_numpy(cache.val_moments[pairs[:, 0].numpy()])
-        shape = cache.meta["latent_shape"]  # C, H, W
-        noise, eps = torch.randn(2, self.size, *shape, generator=generator)
+        noise, eps = torch.randn(2, self.size, *cache.meta["latent_shape"], generator=generator)
         z0 = cache.meta["latent_scale"] * sample_latent(moments, noise)
         order = torch.randperm(self.size, generator=generator)
         t = torch.linspace(1, 1000, self.size)[order].long()
@@ -406,7 +405,7 @@ class Report:
         if WORLD > 1:
             dist.all_reduce(losses)
             losses /= WORLD
-        loss = losses[losses.isfinite()].mean().item()  # waits for the device
+        loss = losses[losses.isfinite()].mean().item()
         now, config = time.perf_counter(), self.config
         pace = (now - self.clock) / (step - self.step)
         speed, left = config.pictures_per_step / pace, (config.steps - step) * pace / 60
@@ -512,7 +511,7 @@ def load_run(path, config, parts, meta):
         if state["step"] >= config.steps:
             raise UserError(f"{path} is at step {state['step']:,}: raise --steps to train longer.")
         for key in sorted(changed):
-            print0(f"{key} was {getattr(then, key)} and is now {getattr(config, key)}")
+            print0(f"{key} was {vars(then)[key]} and is now {vars(config)[key]}")
         for name, part in parts.items():
             if name != "scaler" or part.get_scale() > 1 and state["scaler"]["scale"] > 1:
                 part.load_state_dict(state[name])

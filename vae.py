@@ -128,7 +128,7 @@ class KLAutoencoder(nn.Module):
                              conv_out=conv(deepest, 8))
         self.quant_conv = nn.Conv2d(8, 8, 1)
         up = nn.Sequential()
-        for i in (3, 2, 1, 0):  # as they run
+        for i in (3, 2, 1, 0):
             level = chain(block=resnets(before, widths[i], blocks + 1))
             before = widths[i]
             if i > 0:
@@ -170,7 +170,7 @@ class LinearAutoencoder(nn.Module):
         U = vectors.T.flip(0)[:16]
         V = V.flip(0)[:16, None].clamp(min=1e-6)  # there may be fewer
         largest = U.gather(1, U.abs().argmax(1, keepdim=True))
-        U *= largest.sign()  # the sign is arbitrary: fix it
+        U *= largest.sign()  # arbitrary: fix it
         self.components.copy_(U * V ** -0.25)
 
     def cut(self, x):
